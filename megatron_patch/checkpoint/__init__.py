@@ -1,0 +1,1 @@
+"""Hugging Face weights in and out, and a resumable torch AdamW."""

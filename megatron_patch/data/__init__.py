@@ -1,0 +1,1 @@
+"""Pairs on disk, which pairs make a batch, and the packed batch."""

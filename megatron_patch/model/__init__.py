@@ -1,0 +1,1 @@
+"""The Megatron side of the model: arguments, layer spec, attention, norm, response log-probs."""

@@ -1,0 +1,1 @@
+"""Training objectives: which batch fields they need and their loss from log-probs."""

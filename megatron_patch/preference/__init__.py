@@ -1,0 +1,1 @@
+"""Preference losses, their log-probs and their metrics: torch only, no collectives."""

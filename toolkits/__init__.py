@@ -1,0 +1,1 @@
+"""Command-line stages that turn raw data into what training reads."""

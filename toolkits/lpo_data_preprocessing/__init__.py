@@ -1,0 +1,1 @@
+"""The preference-data stages: normalise, candidates, select, build_pairs, reference_logps."""
