@@ -1,0 +1,201 @@
+"""Our flags: one dataclass field each, with unit and source; and the defaults that make Megatron's 800 flags optional.
+
+``add_arguments`` is the ``extra_args_provider`` of every entry. It sees Megatron's full parser, so the checkpoint's
+``config.json`` and the device can fill in everything that a user would otherwise have to type; every default can still be
+overridden on the command line. A preset is a file of flags, read as ``@examples/qwen2_5/presets/math.args``.
+"""
+
+import argparse
+import glob
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
+
+import torch
+
+from megatron_patch.preference.losses import LOSSES, LossOptions, describe_losses, loss_options
+
+TRAIN_MODES = ("finetune", "xpo")
+DEVICES = ("auto", "cuda", "cpu")
+
+
+def _flag(default: Any, help: str, **kwargs: Any) -> Any:
+    return field(default=default, metadata={"help": help, **kwargs})
+
+
+@dataclass(frozen=True)
+class PatchArguments:
+    """The flags of this project. ``None`` means "not given": the loss's own default holds (``--help-losses``)."""
+
+    device: str = _flag("auto", "where to compute; auto refuses to fall back to the CPU when the machine has GPUs", choices=DEVICES)
+    train_mode: str = _flag("xpo", "finetune: cross-entropy of the responses; xpo: preference optimisation", choices=TRAIN_MODES)
+    hf_path: str | None = _flag(None, "Hugging Face folder of the initial weights (and the reference); also gives the model's shape")
+    save_hf: str | None = _flag(None, "write the final weights as a Hugging Face folder")
+    pair_data: list[str] | None = _flag(None, "training stores: PREFIX... or WEIGHT PREFIX WEIGHT PREFIX...", nargs="+")
+    valid_pair_data: list[str] | None = _flag(None, "validation stores; each evaluation is one full pass over them", nargs="+")
+    epochs: float | None = _flag(None, "set --train-iters to this many passes over the training stores", type=float)
+    max_tokens_per_micro_batch: int = _flag(
+        8192, "tokens one micro-batch may hold; the number of micro-batches of a step follows from it", type=int
+    )
+    loss_type: str = _flag("lpo-ste", "preference loss; see --help-losses", metavar="NAME")
+    beta: float | None = _flag(None, "strength of the preference term (arXiv 2305.18290; LPO: 2508.14947 Eq. 6)", type=float)
+    gamma: float | None = _flag(None, "the authors' name: --anchor-weight for the lpo family (2508.14947 Table 9)", type=float)
+    r1: float | None = _flag(None, "weight of the chosen response's gradient (2508.14947 Eq. 11)", type=float)
+    r2: float | None = _flag(None, "weight of the rejected response's gradient (2508.14947 Eq. 11)", type=float)
+    label_smoothing: float | None = _flag(None, "probability that a preference label is wrong, in [0, 0.5)", type=float)
+    anchor: str | None = _flag(None, "positive term that keeps the chosen response likely", choices=("none", "hinge"))
+    anchor_weight: float | None = _flag(None, "weight of the anchor (lambda of 2508.14947 Eq. 6)", type=float)
+    anchor_slack: float | None = _flag(None, "nats per token the chosen response may lose before the anchor acts", type=float)
+    is_average: bool | None = _flag(
+        None, "log-ratios per token instead of sums (--no-is-average: sums)", action=argparse.BooleanOptionalAction
+    )
+    add_sft_loss: bool | None = _flag(
+        None, "the authors' name for --anchor hinge (--no-add-sft-loss: --anchor none)", action=argparse.BooleanOptionalAction
+    )
+    parity_check: bool = _flag(
+        True, "before training, score two pairs with transformers and compare", action=argparse.BooleanOptionalAction
+    )
+    allow_reference_mismatch: bool = _flag(False, "go on although policy and reference differ at step 0", action="store_true")
+    check: bool = _flag(False, "check flags, checkpoint and data in one process, then exit", action="store_true")
+
+
+class _HelpLosses(argparse.Action):
+    """``--help-losses``: print the table of losses and exit, like --help."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        sys.stdout.write(describe_losses() + "\n")
+        parser.exit()
+
+
+class _PresetParser(argparse.ArgumentParser):
+    """Reads ``@file`` with several flags to a line and ``#`` comments, and ends a user's error in one line and exit code 2."""
+
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        """Split one line of a preset as a shell would."""
+        return shlex.split(arg_line, comments=True)
+
+    def error(self, message: str) -> Any:
+        """Raise ValueError: the entry prints it in one line."""
+        raise ValueError(message)
+
+
+def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
+    """Add our flags to Megatron's parser and set the defaults that follow from device and checkpoint."""
+    parser.__class__ = _PresetParser
+    parser.fromfile_prefix_chars = "@"
+    group = parser.add_argument_group(title="preference optimisation")
+    for item in fields(PatchArguments):
+        options = dict(item.metadata)
+        if options.get("action") != "store_true":
+            options["default"] = None if item.default is MISSING else item.default
+        group.add_argument("--" + item.name.replace("_", "-"), **options)
+    group.add_argument("--help-losses", nargs=0, action=_HelpLosses, help="print every loss with paper, options and defaults")
+    known, _ = parser.parse_known_args(argv)
+    parser.set_defaults(**_defaults(known))
+    return parser
+
+
+def _defaults(known: argparse.Namespace) -> dict[str, Any]:
+    from megatron_patch.model.qwen2 import check_tensor_parallel, megatron_model_arguments, read_qwen2_config
+
+    if known.hf_path is None:
+        raise ValueError("--hf-path is required: the Hugging Face folder that gives the model's shape and initial weights")
+    tp = known.tensor_model_parallel_size
+    config = read_qwen2_config(known.hf_path)
+    check_tensor_parallel(config, tp)
+    shape = megatron_model_arguments(config, tp)
+    shape["layernorm_epsilon"] = shape.pop("norm_epsilon")
+    seq_length = known.seq_length or 4096
+    shape["max_position_embeddings"] = max(shape["max_position_embeddings"], seq_length)
+    return {**_RUN_DEFAULTS, **shape, "seq_length": seq_length, **_device_defaults(choose_device(known.device))}
+
+
+# Everything here can be overridden. Reasons: what packing needs, what upstream gets wrong without (see docs/design-notes.md).
+_RUN_DEFAULTS: dict[str, Any] = {
+    "transformer_impl": "local",
+    "dataloader_type": "external",
+    "micro_batch_size": 1,  # nominal: the batch plan decides the real micro-batches
+    "calculate_per_token_loss": True,  # the loss is divided once, by the global count
+    "tokenizer_type": "NullTokenizer",
+    "eval_iters": 0,
+    "eval_interval": 1,
+    "rerun_mode": "disabled",  # upstream's reaction to NaN saves a poisoned checkpoint
+    "check_for_nan_in_loss_and_grad": False,  # ours names the pairs
+    "override_opt_param_scheduler": True,  # --train-iters may change on resume
+    "dist_ckpt_optim_fully_reshardable": True,
+    "verify_integrity": True,
+    "exit_signal_handler": True,
+    "exit_signal": 10,  # SIGUSR1
+    "bias_swiglu_fusion": False,
+    "bias_dropout_fusion": False,
+    "bias_gelu_fusion": False,
+    "masked_softmax_fusion": False,
+    "apply_rope_fusion": False,
+    "gradient_accumulation_fusion": False,
+    "accumulate_allreduce_grads_in_fp32": True,
+    "adam_beta2": 0.95,
+    "lr_decay_style": "cosine",
+    "log_interval": 1,
+    "manual_gc": False,
+}
+
+
+def _device_defaults(device: str) -> dict[str, Any]:
+    if device == "cuda":
+        return {"distributed_backend": "nccl"}
+    return {"distributed_backend": "gloo", "disable_jit_fuser": True, "use_cpu_initialization": True, "num_workers": 0}
+
+
+def machine_has_gpus() -> bool:
+    """True when device files or SLURM say that there are GPUs here, whatever torch sees."""
+    return bool(glob.glob("/dev/nvidia[0-9]*")) or os.environ.get("SLURM_GPUS_ON_NODE", "0") not in ("", "0")
+
+
+def choose_device(requested: str) -> str:
+    """``cuda`` or ``cpu`` for ``--device``.
+
+    Raises:
+        ValueError: "auto" on a machine whose GPUs torch cannot see, or "cuda" where there is none.
+    """
+    if requested == "cpu":
+        return "cpu"
+    # After the CPU backend is installed torch.cuda claims to be available; its name for the device tells the truth.
+    sees_gpu = torch.cuda.is_available() and torch.cuda.get_device_name(0) != "cpu"
+    if sees_gpu:
+        return "cuda"
+    if requested == "cuda":
+        raise ValueError("--device cuda: torch sees no GPU")
+    if machine_has_gpus():
+        raise ValueError("--device auto: this machine has GPUs but torch sees none; fix the driver or torch, or say --device cpu")
+    return "cpu"
+
+
+def requested_device(argv: Sequence[str]) -> str:
+    """``--device`` of a command line, presets included, without building Megatron's parser (needed before megatron is imported)."""
+    parser = _PresetParser(add_help=False, allow_abbrev=False, fromfile_prefix_chars="@")
+    parser.add_argument("--device", choices=DEVICES, default="auto")
+    return parser.parse_known_args(list(argv))[0].device
+
+
+def given_loss_options(args: argparse.Namespace) -> LossOptions:
+    """LossOptions from the flags the user gave, the loss's defaults for the rest.
+
+    Raises:
+        ValueError: unknown loss, an option that the loss does not use, contradicting spellings of one option.
+    """
+    given = {name: getattr(args, name) for name in ("beta", "gamma", "r1", "r2", "label_smoothing", "anchor", "anchor_weight", "anchor_slack")}
+    given["length_normalised"] = args.is_average
+    if args.add_sft_loss is not None:
+        meant = "hinge" if args.add_sft_loss else "none"
+        if args.anchor not in (None, meant):
+            raise ValueError(f"--anchor {args.anchor} contradicts --{'' if args.add_sft_loss else 'no-'}add-sft-loss")
+        given["anchor"] = meant
+    return loss_options(args.loss_type, **given)
+
+
+def loss_names() -> list[str]:
+    """The names that --loss-type knows."""
+    return sorted(LOSSES)

@@ -1,0 +1,134 @@
+"""Which pairs make which micro-batch: a pure function of (seed, position).
+
+Position k of a run is pair ``permutation(epoch)[k % N]`` of epoch ``k // N``; a global batch of G pairs is positions
+[consumed, consumed + G). So a resumed run needs no loader state, and neither the layout nor the number of micro-batches
+changes which pairs a step sees. Every rank computes the same plan and takes its own slots.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache, partial
+
+import numpy as np
+
+# G pairs of a global batch, M micro-batches, D data-parallel ranks.
+
+
+class PairOrder:
+    """The endless order in which pairs of one or several sources are visited.
+
+    Sources are numbered end to end: pair i of source s is ``offset[s] + i``. Without weights an epoch visits every pair once.
+    With weights an epoch has as many positions as there are pairs, shared by largest remainder, and each source walks through
+    its own epochs: the counts per source are exact in every epoch.
+    """
+
+    def __init__(self, sizes: Sequence[int], *, seed: int, weights: Sequence[float] | None = None, shuffle: bool = True) -> None:
+        if not sizes or min(sizes) < 1:
+            raise ValueError(f"every source needs at least one pair, got sizes {list(sizes)}")
+        if weights is not None and (len(weights) != len(sizes) or min(weights) <= 0):
+            raise ValueError(f"weights {list(weights)} must be positive, one for each of {len(sizes)} sources")
+        self.sizes, self.seed, self.shuffle = list(sizes), seed, shuffle
+        self.epoch_length = sum(sizes)
+        self._offsets = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+        self._shares = self.sizes if weights is None else _largest_remainder(weights, self.epoch_length)
+        self._epoch = lru_cache(maxsize=2)(self._make_epoch)
+
+    def positions(self, start: int, stop: int) -> np.ndarray:
+        """Pair numbers (int64) at positions [start, stop)."""
+        parts = []
+        while start < stop:
+            epoch, begin = divmod(start, self.epoch_length)
+            end = min(self.epoch_length, begin + stop - start)
+            parts.append(self._epoch(epoch)[begin:end])
+            start += end - begin
+        return np.concatenate(parts)
+
+    def _make_epoch(self, epoch: int) -> np.ndarray:
+        drawn = [self._from_source(s, epoch * share, (epoch + 1) * share) for s, share in enumerate(self._shares)]
+        pairs = np.concatenate(drawn)
+        return pairs[self._permutation(len(self.sizes), epoch, len(pairs))]
+
+    def _from_source(self, source: int, start: int, stop: int) -> np.ndarray:
+        size, parts = self.sizes[source], []
+        while start < stop:
+            lap, begin = divmod(start, size)
+            end = min(size, begin + stop - start)
+            parts.append(self._permutation(source, lap, size)[begin:end])
+            start += end - begin
+        return np.concatenate(parts or [np.empty(0, dtype=np.int64)]) + self._offsets[source]
+
+    def _permutation(self, stream: int, epoch: int, size: int) -> np.ndarray:
+        if not self.shuffle:
+            return np.arange(size)
+        return np.random.default_rng([self.seed, stream, epoch]).permutation(size)
+
+
+def _largest_remainder(weights: Sequence[float], total: int) -> list[int]:
+    exact = np.asarray(weights, dtype=np.float64) / sum(weights) * total
+    shares = np.floor(exact).astype(int)
+    for i in np.argsort(shares - exact, kind="stable")[: total - shares.sum()]:
+        shares[i] += 1
+    return shares.tolist()
+
+
+def split_by_cost(pairs: np.ndarray, tokens: np.ndarray, *, ranks: int, max_tokens: int, multiple_of: int) -> list[list[np.ndarray]]:
+    """Split the pairs of one global batch into M micro-batches on each of D ranks, of nearly equal cost.
+
+    Longest pair first into the emptiest bin; M is the smallest multiple of ``multiple_of`` for which no bin holds more than
+    ``max_tokens``. Bins may stay empty.
+
+    Args:
+        pairs: int64 [G] pair numbers. tokens: [G] tokens of each pair (prompt counted once per response).
+        ranks: D. max_tokens: tokens a micro-batch may hold. multiple_of: PP under virtual PP, else 1.
+    Returns:
+        ``[M][D]`` arrays of pair numbers, each in the order of ``pairs``.
+    """
+    if len(tokens) and tokens.max() > max_tokens:
+        worst = int(np.argmax(tokens))
+        raise ValueError(
+            f"pair number {pairs[worst]} has {tokens[worst]} tokens, more than --max-tokens-per-micro-batch {max_tokens}"
+        )
+    order = np.argsort(-tokens, kind="stable")
+    slots = max(1, -(-int(tokens.sum()) // (ranks * max_tokens)))
+    slots = -(-slots // multiple_of) * multiple_of
+    while True:
+        bins, loads = _longest_first(order, tokens, ranks * slots)
+        if loads.max() <= max_tokens:
+            break
+        slots += multiple_of
+    # Bins of similar load share a micro-batch, so that ranks finish it together.
+    by_load = np.argsort(-loads, kind="stable")
+    grouped = [[pairs[np.sort(np.array(bins[b], dtype=np.int64))] for b in by_load[m * ranks : (m + 1) * ranks]] for m in range(slots)]
+    return grouped
+
+
+def _longest_first(order: np.ndarray, tokens: np.ndarray, count: int) -> tuple[list[list[int]], np.ndarray]:
+    bins: list[list[int]] = [[] for _ in range(count)]
+    loads = np.zeros(count, dtype=np.int64)
+    for i in order:
+        b = int(np.argmin(loads))
+        bins[b].append(int(i))
+        loads[b] += tokens[i]
+    return bins, loads
+
+
+class BatchPlan:
+    """Steps of a run: which pairs each rank's micro-batches hold.
+
+    Args:
+        order: positions to pairs. tokens: int64 [all pairs], the cost of each. batch: G pairs a step.
+        ranks, max_tokens, multiple_of: as in ``split_by_cost``.
+    """
+
+    def __init__(self, order: PairOrder, tokens: np.ndarray, *, batch: int, ranks: int, max_tokens: int, multiple_of: int = 1) -> None:
+        self.order, self.tokens, self.batch = order, tokens, batch
+        self._split = partial(split_by_cost, ranks=ranks, max_tokens=max_tokens, multiple_of=multiple_of)
+        self.step = lru_cache(maxsize=4)(self._make_step)
+
+    def pairs(self, consumed: int) -> np.ndarray:
+        """int64 [G]: the pairs of the step that starts after ``consumed`` pairs, in order."""
+        return self.order.positions(consumed, consumed + self.batch)
+
+    def _make_step(self, consumed: int) -> list[list[np.ndarray]]:
+        """``step(consumed)``: the same pairs as ``[M][D]`` micro-batches."""
+        pairs = self.pairs(consumed)
+        return self._split(pairs, self.tokens[pairs])

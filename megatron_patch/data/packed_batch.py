@@ -1,0 +1,105 @@
+"""One micro-batch as one packed (THD) row: sequences end to end, no attention across them, positions restarting at each.
+
+The only padding is one dummy, unscored sequence that brings the row to a multiple of what sequence parallelism needs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_patch.preference.logps import ScoredTargets, scored_targets
+
+# P pairs (samples), R responses, S sequences, T packed tokens, N scored tokens.
+
+PAD_TOKEN = 0  # never scored and never attended to by a real token, so any id will do
+
+
+class Sample(NamedTuple):
+    """What one document of a store contributes: a pair has two sequences, a fine-tuning conversation or a text has one.
+
+    sequences: int32 token ids, prompt and response end to end. scored: bool per token, False for the first of a sequence.
+    reference: float64 [responses] reference log-prob sums (nats), or None. name: the id shown in errors.
+    """
+
+    sequences: tuple[np.ndarray, ...]
+    scored: tuple[np.ndarray, ...]
+    reference: np.ndarray | None
+    name: str
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """A micro-batch. Response r of sample p is row ``r * P + p`` of everything of size R, so chosen rows come first."""
+
+    tokens: Tensor  # int64 [1, T]
+    cu_seqlens: Tensor  # int32 [S + 1], the dummy sequence included
+    max_seqlen: int  # tokens of the longest sequence
+    scored: ScoredTargets  # where the model predicts what, for which of R responses
+    lengths: Tensor  # int64 [R], scored tokens of each response
+    reference: Tensor  # float64 [R], nats; NaN when the store has no reference
+    names: tuple[str, ...]  # P sample names
+
+    @property
+    def samples(self) -> int:
+        """P: pairs, conversations or texts in this micro-batch."""
+        return len(self.names)
+
+    def to(self, device: torch.device | str | int) -> "PackedBatch":
+        """The same batch with its tensors on ``device``."""
+        return replace(
+            self,
+            tokens=self.tokens.to(device, non_blocking=True),
+            cu_seqlens=self.cu_seqlens.to(device, non_blocking=True),
+            scored=ScoredTargets(*(t.to(device, non_blocking=True) for t in self.scored[:3]), self.scored.responses),
+            lengths=self.lengths.to(device, non_blocking=True),
+            reference=self.reference.to(device, non_blocking=True),
+        )
+
+
+def pack(samples: Sequence[Sample], *, multiple_of: int, vocab_size: int, responses_per_sample: int) -> PackedBatch:
+    """Pack ``samples`` (possibly none) into one row whose length is a multiple of ``multiple_of`` tokens.
+
+    Raises:
+        ValueError: a sample scores nothing, scores the first token of a sequence, or has a token id >= ``vocab_size``; names it.
+    """
+    sequences, response_of_token = [], []
+    for p, sample in enumerate(samples):
+        for r, (tokens, scored) in enumerate(zip(sample.sequences, sample.scored, strict=True)):
+            _check(sample.name, tokens, scored, vocab_size)
+            sequences.append(tokens)
+            response_of_token.append(np.where(scored, r * len(samples) + p, -1))
+    length = sum(map(len, sequences))
+    filler = -length % multiple_of if length else multiple_of
+    if filler:
+        sequences.append(np.full(filler, PAD_TOKEN, dtype=np.int32))
+        response_of_token.append(np.full(filler, -1))
+    tokens = torch.from_numpy(np.concatenate(sequences)).long()
+    responses = len(samples) * responses_per_sample
+    scored = scored_targets(tokens, torch.from_numpy(np.concatenate(response_of_token)).long(), responses)
+    return PackedBatch(
+        tokens=tokens.unsqueeze(0),
+        cu_seqlens=torch.from_numpy(np.cumsum([0, *map(len, sequences)], dtype=np.int32)),
+        max_seqlen=max(map(len, sequences)),
+        scored=scored,
+        lengths=torch.bincount(scored.response, minlength=responses),
+        reference=_reference(samples, responses_per_sample),
+        names=tuple(s.name for s in samples),
+    )
+
+
+def _check(name: str, tokens: np.ndarray, scored: np.ndarray, vocab_size: int) -> None:
+    if not scored.any():
+        raise ValueError(f"pair {name}: a response is empty")
+    if scored[0]:
+        raise ValueError(f"pair {name}: a prompt is empty, so nothing predicts the first response token")
+    if tokens.max() >= vocab_size:
+        raise ValueError(f"pair {name}: token id {tokens.max()} is outside the model's vocabulary of {vocab_size}: wrong tokenizer?")
+
+
+def _reference(samples: Sequence[Sample], responses_per_sample: int) -> Tensor:
+    rows = [s.reference if s.reference is not None else np.full(responses_per_sample, np.nan) for s in samples]
+    return torch.from_numpy(np.array(rows, dtype=np.float64).reshape(len(samples), responses_per_sample).T.reshape(-1).copy())

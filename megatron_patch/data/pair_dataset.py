@@ -1,0 +1,152 @@
+"""Stores -> samples -> the stream of packed micro-batches that Megatron's external data loader iterates over.
+
+Every rank reads the memory-mapped stores itself and takes its own slots of the batch plan; nothing is broadcast and no loader
+state is saved, because the plan is a function of the pairs consumed so far.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_patch.data.batch_plan import BatchPlan
+from megatron_patch.data.packed_batch import PackedBatch, Sample, pack
+from megatron_patch.data.pair_store import PairStore, read_reference_logps
+
+RESPONSES_PER_SAMPLE = {"pairs": 2, "sft": 1, "text": 1}
+
+
+def parse_weighted_prefixes(words: Sequence[str]) -> tuple[list[str], list[float] | None]:
+    """``["a", "b"]`` -> prefixes without weights; ``["0.7", "a", "0.3", "b"]`` -> prefixes and weights (Megatron's --data-path form).
+
+    Raises:
+        ValueError: a weight without a prefix, or weights for some prefixes only.
+    """
+    def number(word: str) -> float | None:
+        try:
+            return float(word)
+        except ValueError:
+            return None
+
+    prefixes = [w for w in words if number(w) is None]
+    weights = [number(w) for w in words if number(w) is not None]
+    if not prefixes:
+        raise ValueError(f"data prefixes: no prefix in {' '.join(words)!r}")
+    if not weights:
+        return prefixes, None
+    alternating = all((number(w) is None) == bool(i % 2) for i, w in enumerate(words)) and len(words) % 2 == 0
+    if not alternating:
+        raise ValueError(f"data prefixes: give a weight before every prefix or none at all, got {' '.join(words)!r}")
+    return prefixes, [float(w) for w in weights if w is not None]
+
+
+class SampleSet:
+    """Samples of one or several stores of one kind, numbered end to end.
+
+    Args:
+        prefixes: stores. kind: "pairs", "sft" or "text". weights_fingerprint: refuse reference log-probs of other weights
+            (None: any). with_reference: read reference log-probs (pairs only). tokenizer: refuse stores of another tokenizer.
+    """
+
+    def __init__(
+        self,
+        prefixes: Sequence[str],
+        kind: str,
+        *,
+        with_reference: bool = False,
+        weights_fingerprint: str | None = None,
+        tokenizer: str | None = None,
+    ) -> None:
+        self.kind = kind
+        self.stores = [PairStore(prefix, kind=kind) for prefix in prefixes]
+        for store in self.stores:
+            made_with = store.manifest["tokenizer"]["fingerprint"]
+            if tokenizer is not None and made_with != tokenizer:
+                raise ValueError(
+                    f"{store.prefix}.json: made with another tokenizer (fingerprint {made_with}) than the model's ({tokenizer})"
+                )
+        self.sizes = [len(store) for store in self.stores]
+        self._ends = np.cumsum(self.sizes)
+        self.lengths, self.scored_lengths = self._sequence_lengths()
+        self._reference = (
+            [read_reference_logps(store, weights_fingerprint=weights_fingerprint) for store in self.stores] if with_reference else None
+        )
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    @property
+    def responses_per_sample(self) -> int:
+        """2 for pairs, 1 for everything else."""
+        return RESPONSES_PER_SAMPLE[self.kind]
+
+    def _sequence_lengths(self) -> tuple[np.ndarray, np.ndarray]:
+        """int64 [samples, responses] tokens of each sequence, and of these the scored ones."""
+        stored = np.concatenate([store.lengths.astype(np.int64) for store in self.stores])
+        if self.kind == "pairs":
+            return stored[:, :1] + stored[:, 1:], stored[:, 1:]
+        return stored[:, :1], stored[:, 1:]
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """int64 [samples]: tokens each sample costs; a pair's prompt counts once for each response."""
+        return self.lengths.sum(axis=1)
+
+    def locate(self, number: int) -> tuple[int, int]:
+        """(store, document) of sample ``number``."""
+        store = int(np.searchsorted(self._ends, number, side="right"))
+        return store, int(number - (self._ends[store] - self.sizes[store]))
+
+    def __getitem__(self, number: int) -> Sample:
+        which, document = self.locate(int(number))
+        parts = self.stores[which][document]
+        if self.kind == "pairs":
+            prompt, chosen, rejected = parts
+            sequences = [((prompt, False), (response, True)) for response in (chosen, rejected)]
+        elif self.kind == "sft":
+            sequences = [tuple((part, bool(i % 2)) for i, part in enumerate(parts))]
+        else:
+            sequences = [tuple((part, True) for part in parts)]
+        return Sample(
+            sequences=tuple(np.concatenate([part for part, _ in sequence]) for sequence in sequences),
+            scored=tuple(np.concatenate([np.full(len(part), scored) for part, scored in sequence]) for sequence in sequences),
+            reference=None if self._reference is None else self._reference[which][document],
+            name=self.name(which, document),
+        )
+
+    def name(self, store: int, document: int) -> str:
+        """What errors call a sample: its id and the store it is in."""
+        return f"{self.stores[store].columns.id[document]} ({self.stores[store].prefix})"
+
+
+@dataclass(frozen=True)
+class MicroBatchStream:
+    """Everything a rank needs to turn its slots of the plan into packed micro-batches."""
+
+    samples: SampleSet
+    plan: BatchPlan
+    rank: int  # data-parallel rank
+    multiple_of: int  # tokens: TP under sequence parallelism
+    vocab_size: int
+
+    def batch(self, numbers: np.ndarray) -> PackedBatch:
+        """The packed micro-batch of these samples."""
+        return pack(
+            [self.samples[n] for n in numbers],
+            multiple_of=self.multiple_of,
+            vocab_size=self.vocab_size,
+            responses_per_sample=self.samples.responses_per_sample,
+        )
+
+    def from_position(self, consumed: int) -> Iterator[PackedBatch]:
+        """Endless: this rank's micro-batches of the step after ``consumed`` pairs, of the next one, and so on."""
+        while True:
+            for slot in self.plan.step(consumed):
+                yield self.batch(slot[self.rank])
+            consumed += self.plan.batch
+
+    def repeated(self) -> Iterator[PackedBatch]:
+        """Endless: the same full pass over and over, for evaluation."""
+        while True:
+            for slot in self.plan.step(0):
+                yield self.batch(slot[self.rank])

@@ -1,0 +1,47 @@
+"""What every entry does around its work: parse, and end a user's error in one line with exit code 2, on all ranks."""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from megatron_patch.arguments import add_arguments
+
+
+class AgreedError(ValueError):
+    """A user's error that every rank raises at the same place: rank 0 speaks for all."""
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Megatron's and our flags, validated. Upstream's complaints about flags become ValueError like our own."""
+    from megatron.training.arguments import parse_and_validate_args
+
+    try:
+        return parse_and_validate_args(extra_args_provider=add_arguments)
+    except AssertionError as error:
+        reason = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
+        raise ValueError(f"megatron-core refuses these flags: {reason}") from error
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn ValueError into one line that starts with ``[error]`` and exit code 2.
+
+    Before the process group exists all ranks fail alike and rank 0 speaks; after that the failing rank speaks and torchrun
+    ends the others.
+    """
+    try:
+        yield
+    except ValueError as error:
+        together = torch.distributed.is_initialized()
+        if os.environ.get("RANK", "0") == "0" or (together and not isinstance(error, AgreedError)):
+            sys.stderr.write(f"[error] {' '.join(str(error).split())}\n")
+        if os.environ.get("LPO_TRACEBACK"):
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(2)  # not sys.exit: a half-initialised process group may wait for ever for the other ranks

@@ -1,0 +1,75 @@
+"""One micro-batch through the model: batch -> model -> response log-probs -> objective. It only composes."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from megatron_patch.data.packed_batch import PackedBatch
+from megatron_patch.model.response_logps import response_logps
+from megatron_patch.objectives.finetune import finetune_objective
+from megatron_patch.objectives.preference import preference_objective
+from megatron_patch.preference.losses import LossOptions
+from megatron_patch.step_checks import StepChecks
+
+Objective = Callable[[PackedBatch, Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
+
+
+def packed_seq_params(batch: PackedBatch) -> PackedSeqParams:
+    """Megatron's description of the packed row; lengths restart the rotary positions, so there are no position ids."""
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=batch.cu_seqlens,
+        cu_seqlens_kv=batch.cu_seqlens,
+        max_seqlen_q=batch.max_seqlen,
+        max_seqlen_kv=batch.max_seqlen,
+    )
+
+
+def make_objective(train_mode: str, options: LossOptions | None, checks: StepChecks) -> Objective:
+    """The objective of ``--train-mode``, reporting to ``checks``. Returns (loss sum, count, metrics) for Megatron."""
+
+    def preference(batch: PackedBatch, logps: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        assert options is not None
+        losses, result = preference_objective(batch, logps, options)
+        checks.observe(batch, logps, losses)
+        return result
+
+    def finetune(batch: PackedBatch, logps: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        checks.observe(batch, logps)
+        return finetune_objective(batch, logps)
+
+    return {"xpo": preference, "finetune": finetune}[train_mode]
+
+
+class ForwardStep:
+    """Megatron's ``forward_step_func``.
+
+    Args:
+        objective: from ``make_objective``. vocab_size: rows of the vocabulary that exist (the padded ones never count).
+    """
+
+    def __init__(self, objective: Objective, vocab_size: int) -> None:
+        self.objective = objective
+        self.output_processor = partial(response_logps, vocab_size=vocab_size)
+
+    def __call__(self, data_iterator: Iterator[PackedBatch], model: Any) -> tuple[Tensor, Callable]:
+        """Run this stage; returns its output and the function that turns the last stage's [R] log-probs into a loss."""
+        batch = next(data_iterator).to(torch.cuda.current_device())
+        output = model(
+            batch.tokens,
+            None,
+            None,
+            packed_seq_params=packed_seq_params(batch),
+            output_processor=self.output_processor,
+            output_processor_context=batch.scored,
+        )
+        return output, partial(self._loss, batch)
+
+    def _loss(self, batch: PackedBatch, logps: Tensor, non_loss_data: bool = False) -> Any:
+        if non_loss_data:  # the reference pass: collect_non_loss_data of the forward-only schedule
+            return batch.names, logps.view(len(logps) // max(1, batch.samples), batch.samples).T.cpu()
+        return self.objective(batch, logps)

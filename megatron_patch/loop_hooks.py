@@ -1,0 +1,199 @@
+"""The one room where megatron-core's training loop is extended, on CPU and GPU alike.
+
+Every row of ``HOOKS`` is a module global of ``megatron.training.training`` that the loop looks up at call time, what replaces
+it, and why upstream's own does not do (line numbers: megatron-core 0.19.2). ``install`` is called by entries, once.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from megatron.training import get_args
+from megatron.training import training as mt
+from megatron.training.global_vars import get_tensorboard_writer
+
+from megatron_patch.data.pair_dataset import MicroBatchStream
+from megatron_patch.model.qwen2 import Qwen2Config
+
+
+@dataclass
+class LoopState:
+    """What the hooks know of a run."""
+
+    mode: str  # first word of every console line
+    model: Qwen2Config
+    train: MicroBatchStream | None
+    valid: MicroBatchStream | None
+    save: Path | None
+    console: Callable[[str], None] = field(default=lambda line: print_line(line))
+    last_step_at: float = field(default_factory=time.perf_counter)
+    last_evaluated: int = -1
+
+
+class Hook(NamedTuple):
+    """One replaced global of ``megatron.training.training``."""
+
+    attribute: str
+    make: Callable[[Callable, LoopState], Callable]
+    why: str
+
+
+def print_line(line: str) -> None:
+    """Write one line to the terminal at once; launchers show only lines that start with '['."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def useful_flops(model: Qwen2Config, lengths: np.ndarray, scored: int) -> float:
+    """Floating-point operations that forward and backward need, padding and recomputation not counted.
+
+    6 x body parameters x real tokens + causal attention (6 x heads x head_dim x length^2 per layer and sequence)
+    + 6 x output layer x scored tokens.
+
+    Args:
+        lengths: tokens of each sequence. scored: response tokens, those the output layer must see.
+    """
+    attention = model.hidden * model.head_dim * (2 * model.heads + 2 * model.kv_groups)
+    body = model.layers * (attention + 3 * model.hidden * model.ffn)
+    squares = float(np.square(lengths, dtype=np.float64).sum())
+    return 6.0 * body * lengths.sum() + 6.0 * model.layers * model.heads * model.head_dim * squares + 6.0 * model.hidden * model.vocab * scored
+
+
+def _schedule(upstream: Callable, state: LoopState) -> Callable:
+    """The plan decides how many micro-batches a step has; the calculator keeps the nominal number, so samples are counted right."""
+
+    def get_forward_backward_func(*args: Any, **kwargs: Any) -> Callable:
+        schedule = upstream(*args, **kwargs)
+
+        def run_schedule(*, num_microbatches: int, forward_only: bool = False, **rest: Any) -> Any:
+            stream, consumed = (state.valid, 0) if forward_only else (state.train, get_args().consumed_train_samples)
+            planned = len(stream.plan.step(consumed)) if stream is not None else num_microbatches
+            return schedule(num_microbatches=planned, forward_only=forward_only, **rest)
+
+        return run_schedule
+
+    return get_forward_backward_func
+
+
+def _flops(_: Callable, state: LoopState) -> Callable:
+    def num_floating_point_operations(args: Any, batch_size: int, **__: Any) -> float:
+        if state.train is None or args.consumed_train_samples < batch_size:
+            return 0.0
+        return step_flops(state, args.consumed_train_samples - batch_size)
+
+    return num_floating_point_operations
+
+
+def step_flops(state: LoopState, consumed: int) -> float:
+    """Useful FLOPs of the global batch that starts after ``consumed`` pairs, over all devices."""
+    assert state.train is not None
+    samples, pairs = state.train.samples, state.train.plan.pairs(consumed)
+    return useful_flops(state.model, samples.lengths[pairs], int(samples.scored_lengths[pairs].sum()))
+
+
+def _training_log(upstream: Callable, state: LoopState) -> Callable:
+    def training_log(loss_dict: dict, total_loss_dict: dict, learning_rate: float, iteration: int, *rest: Any, **kwargs: Any) -> Any:
+        skipped, grad_norm = rest[2], rest[3]
+        reported = upstream(loss_dict, total_loss_dict, learning_rate, iteration, *rest, **kwargs)
+        now = time.perf_counter()
+        seconds, state.last_step_at = now - state.last_step_at, now
+        if _writes_metrics():
+            args = get_args()
+            consumed = args.consumed_train_samples - args.global_batch_size
+            row: dict[str, Any] = {"iteration": iteration, "consumed_samples": args.consumed_train_samples}
+            row |= {name: float(value) for name, value in loss_dict.items()}
+            row |= {"grad_norm": grad_norm, "learning_rate": learning_rate, "skipped": int(skipped), "seconds": seconds}
+            row |= _speed(state, consumed, seconds, args.world_size)
+            record_metrics(state, row)
+            state.console(_console_line(state.mode, f"step {iteration}/{args.train_iters}", row))
+        return reported
+
+    return training_log
+
+
+def _speed(state: LoopState, consumed: int, seconds: float, devices: int) -> dict[str, float]:
+    assert state.train is not None
+    plan, samples = state.train.plan, state.train.samples
+    return {
+        "pairs_per_second": plan.batch / seconds,
+        "tokens_per_second": float(samples.tokens[plan.pairs(consumed)].sum()) / seconds,
+        "tflops_per_device": step_flops(state, consumed) / seconds / devices / 1e12,
+        "micro_batches": len(plan.step(consumed)),
+    }
+
+
+def _evaluate_and_print(_: Callable, state: LoopState) -> Callable:
+    """One full pass over the validation stores; upstream's own prints a perplexity of every metric and evaluates twice at the end."""
+
+    def evaluate_and_print_results(
+        prefix: str, forward_step_func: Callable, data_iterator: Any, model: Any, iteration: int, process: Any, config: Any, **kwargs: Any
+    ) -> None:
+        if state.valid is None or iteration == state.last_evaluated:
+            return
+        state.last_evaluated = iteration
+        groups = {name: kwargs.get(name) for name in ("pg_collection", "p2p_communicator")}
+        results, _, timed_out = mt.evaluate(forward_step_func, data_iterator, model, process, config, verbose=False, **groups)
+        if timed_out or not _writes_metrics():
+            return
+        row = {"iteration": iteration, **{f"eval_{name}": float(value) for name, value in results.items()}}
+        record_metrics(state, row)
+        writer = get_tensorboard_writer()
+        if writer:
+            for name, value in row.items():
+                writer.add_scalar(name, value, iteration)
+        state.console(_console_line(state.mode, f"evaluation at step {iteration}", row))
+        state.last_step_at = time.perf_counter()
+
+    return evaluate_and_print_results
+
+
+HOOKS = (
+    Hook("get_forward_backward_func", _schedule, "training.py:3614 and :4198 take M from the batch size; ours follows from the plan"),
+    Hook("training_log", _training_log, "training.py:2881 hides negative metrics, such as every log-prob"),
+    Hook("evaluate_and_print_results", _evaluate_and_print, "training.py:4418 prints a perplexity of every metric"),
+    Hook("num_floating_point_operations", _flops, "training.py:391 counts padding and the logits of every prompt token"),
+)
+
+
+def install(state: LoopState) -> None:
+    """Replace the rows of ``HOOKS`` in ``megatron.training.training`` for this process."""
+    for hook in HOOKS:
+        setattr(mt, hook.attribute, hook.make(getattr(mt, hook.attribute), state))
+
+
+def _writes_metrics() -> bool:
+    """The last rank: it is on the last pipeline stage, where metrics are, and upstream's writers live there too."""
+    return torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
+
+
+def record_metrics(state: LoopState, row: dict[str, Any]) -> None:
+    """Append one JSON object to ``<save>/metrics.jsonl``."""
+    if state.save is not None:
+        with open(state.save / "metrics.jsonl", "a", encoding="utf-8") as stream:
+            stream.write(json.dumps(row) + "\n")
+
+
+def rewind_metrics(save: Path, iteration: int) -> None:
+    """Drop the rows of steps after ``iteration``: a resumed run writes them again."""
+    path = save / "metrics.jsonl"
+    if path.exists():
+        rows = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+        kept = [line for line in rows if json.loads(line)["iteration"] <= iteration]
+        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
+_SHOWN = ("loss", "rewards/margins", "rewards/accuracies", "lpo/chosen_logratio", "lpo/rejected_logratio", "grad_norm")
+
+
+def _console_line(mode: str, where: str, row: dict[str, Any]) -> str:
+    named = ((name, row.get(name, row.get(f"eval_{name}"))) for name in _SHOWN)
+    parts = [f"{name.rpartition('/')[2] if name.startswith('lpo') else name} {value:.4f}" for name, value in named if value is not None]
+    if "learning_rate" in row:
+        parts += [f"lr {row['learning_rate'] or 0:.3g}", f"{row['pairs_per_second']:.1f} samples/s"]
+    return f"[{mode}] {where} | " + " | ".join(parts)

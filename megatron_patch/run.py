@@ -1,0 +1,210 @@
+"""One run put together from its arguments: model config, data streams, checks, loop hooks.
+
+Training and the reference pass share everything here, which is how policy and reference take the same path from disk to
+log-probs. Entries own the process (device, argument parsing, exit code); this module owns what is built in it.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
+from megatron.training.argument_utils import gpt_config_from_args
+from megatron.training.checkpointing import checkpoint_exists
+
+from megatron_patch import loop_hooks
+from megatron_patch.arguments import given_loss_options
+from megatron_patch.checkpoint.hf_files import weights_fingerprint
+from megatron_patch.checkpoint.hf_io import load_hf_weights, save_hf_weights
+from megatron_patch.data.batch_plan import BatchPlan, PairOrder
+from megatron_patch.data.pair_dataset import MicroBatchStream, SampleSet, parse_weighted_prefixes
+from megatron_patch.forward_step import ForwardStep, make_objective
+from megatron_patch.model.layer_specs import qwen2_block_spec
+from megatron_patch.model.qwen2 import read_qwen2_config
+from megatron_patch.objectives import finetune, preference
+from megatron_patch.preference.losses import identity_value
+from megatron_patch.step_checks import StepChecks, StepZero
+
+STORE_KINDS = {"xpo": preference.STORE_KIND, "finetune": finetune.STORE_KIND}
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Everything that can be refused without a model, in one process or in many: layout, flags, stores.
+
+    Raises:
+        ValueError: one line that names the flag or the file.
+    """
+    if args.context_parallel_size > 1:
+        raise ValueError("--context-parallel-size > 1 is not supported by the torch layer spec yet")
+    if args.iterations_to_skip:
+        raise ValueError("--iterations-to-skip hangs in megatron-core 0.19.2; use a different --seed or drop the pairs instead")
+    if args.micro_batch_size != 1:
+        raise ValueError(
+            f"--micro-batch-size {args.micro_batch_size}: micro-batches are planned from tokens; use --max-tokens-per-micro-batch"
+        )
+    if args.global_batch_size and args.global_batch_size % args.data_parallel_size:
+        raise ValueError(f"--global-batch-size {args.global_batch_size} is not a multiple of {args.data_parallel_size} data-parallel ranks")
+    if args.train_mode == "xpo":
+        given_loss_options(args)
+
+
+def precision(args: argparse.Namespace) -> torch.dtype:
+    """What the model computes in."""
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+
+
+def model_config(args: argparse.Namespace, chunks: list[Any]) -> Any:
+    """Megatron's GPTModelConfig with our layer spec and the import of Hugging Face weights.
+
+    ``chunks`` receives this rank's model chunks, before DDP wraps them.
+    """
+    config = gpt_config_from_args(args)
+    config.transformer_layer_spec = qwen2_block_spec
+    # No flag reaches this (arguments.py:1232 forces it off); pipeline stages must exchange the shapes of packed rows.
+    config.transformer.variable_seq_lengths = True
+    resumes = bool(args.load and checkpoint_exists(args.load))
+
+    def fill(built: list[Any]) -> list[Any]:
+        if not resumes:
+            load_hf_weights(built, args.hf_path)
+        chunks.extend(built)
+        return built
+
+    config.pre_wrap_hooks = [fill]
+    return config
+
+
+def sample_set(args: argparse.Namespace, words: list[str], with_reference: bool) -> tuple[SampleSet, list[float] | None]:
+    """The stores behind ``--pair-data`` or ``--valid-pair-data``, and their weights."""
+    prefixes, weights = parse_weighted_prefixes(words)
+    fingerprint = None if args.allow_reference_mismatch or not with_reference else weights_fingerprint(args.hf_path)
+    kind = STORE_KINDS[args.train_mode]
+    samples = SampleSet(prefixes, kind, with_reference=with_reference, weights_fingerprint=fingerprint)
+    worst = int(samples.tokens.argmax())
+    if samples.tokens[worst] > args.max_tokens_per_micro_batch:
+        raise ValueError(
+            f"pair {samples[worst].name} has {samples.tokens[worst]} tokens, more than --max-tokens-per-micro-batch "
+            f"{args.max_tokens_per_micro_batch}"
+        )
+    return samples, weights
+
+
+def stream(args: argparse.Namespace, samples: SampleSet, order: PairOrder, batch: int, vocab_size: int) -> MicroBatchStream:
+    """The micro-batches of this data-parallel rank."""
+    virtual = args.virtual_pipeline_model_parallel_size is not None
+    plan = BatchPlan(
+        order,
+        samples.tokens,
+        batch=batch,
+        ranks=args.data_parallel_size,
+        max_tokens=args.max_tokens_per_micro_batch,
+        multiple_of=args.pipeline_model_parallel_size if virtual else 1,
+    )
+    return MicroBatchStream(
+        samples,
+        plan,
+        rank=parallel_state.get_data_parallel_rank(),
+        multiple_of=args.tensor_model_parallel_size if args.sequence_parallel else 1,
+        vocab_size=vocab_size,
+    )
+
+
+def full_pass(args: argparse.Namespace, samples: SampleSet, vocab_size: int) -> MicroBatchStream:
+    """Every sample once, in store order, as one global batch: evaluation and the reference pass."""
+    return stream(args, samples, PairOrder(samples.sizes, seed=0, shuffle=False), len(samples), vocab_size)
+
+
+class TrainingRun:
+    """What ``pretrain`` needs: ``forward_step`` and ``dataset_provider``; built before megatron is initialised.
+
+    Args:
+        args: validated arguments (``parse_and_validate_args``). device: "cuda" or "cpu", shown first.
+    """
+
+    def __init__(self, args: argparse.Namespace, device: str) -> None:
+        if args.rank == 0:
+            loop_hooks.print_line(f"[{args.train_mode}] device: {device}, {args.world_size} processes, {precision(args)}")
+        check_arguments(args)
+        self.args, self.model = args, read_qwen2_config(args.hf_path)
+        self.chunks: list[Any] = []
+        options = given_loss_options(args) if args.train_mode == "xpo" else None
+        with_reference = options is not None
+        self.train, self.weights = sample_set(args, args.pair_data, with_reference)
+        self.valid = sample_set(args, args.valid_pair_data, with_reference)[0] if args.valid_pair_data else None
+        self.save = Path(args.save) if args.save else None
+        self.checks = StepChecks(
+            dtype=precision(args),
+            identity_loss=None if options is None else identity_value(options),
+            fresh=self._is_first_step,
+            on_step_zero=self._report_step_zero,
+            allow_mismatch=args.allow_reference_mismatch,
+        )
+        self.forward_step = ForwardStep(make_objective(args.train_mode, options, self.checks), self.model.vocab)
+        self.hooks = loop_hooks.LoopState(args.train_mode, self.model, None, None, self.save)
+
+    def model_config(self) -> Any:
+        """The model's config, with the step checks in front of the optimizer; installs the loop hooks."""
+        loop_hooks.install(self.hooks)
+        config = model_config(self.args, self.chunks)
+        config.transformer.finalize_model_grads_func = self.checks.wrap(finalize_model_grads)
+        return config
+
+    def _is_first_step(self) -> bool:
+        return self.args.consumed_train_samples == 0 and not self._evaluating
+
+    @property
+    def _evaluating(self) -> bool:
+        return not torch.is_grad_enabled()
+
+    def _report_step_zero(self, outcome: StepZero) -> None:
+        if torch.distributed.get_rank() != 0:
+            return
+        if self.save is not None:
+            (self.save / "step_zero.json").write_text(json.dumps(asdict(outcome), indent=1) + "\n", encoding="utf-8")
+        largest = max(outcome.max_abs_chosen_logratio_per_token, outcome.max_abs_rejected_logratio_per_token)
+        self.hooks.console(
+            f"[{self.args.train_mode}] step 0: loss {outcome.loss:.6f} (policy = reference gives {outcome.identity_loss:.6f}), "
+            f"|log-ratio| per token up to {largest:.2g} nats over {outcome.pairs} pairs"
+        )
+
+    @contextmanager
+    def reported(self) -> Iterator[None]:
+        """Run training inside it; afterwards ``<save>/run_state.json`` says finished, preempted or stopped, and at which step."""
+        state = "stopped"
+        try:
+            yield
+            state = "finished"
+        except SystemExit as stop:  # upstream leaves so after a signal, having saved
+            state = "preempted" if not stop.code else "stopped"
+            raise
+        finally:
+            if self.save is not None and self.args.rank == 0 and self.save.is_dir():
+                outcome = {"state": state, "iteration": self.args.curr_iteration + 1 if state == "finished" else self.args.curr_iteration}
+                (self.save / "run_state.json").write_text(json.dumps(outcome) + "\n", encoding="utf-8")
+
+    def export(self) -> None:
+        """Write ``--save-hf`` from the trained chunks; collective."""
+        if self.args.save_hf:
+            save_hf_weights(self.chunks, self.args.save_hf, self.args.hf_path)
+            if self.args.rank == 0:
+                loop_hooks.print_line(f"[{self.args.train_mode}] Hugging Face checkpoint: {self.args.save_hf}")
+
+    def dataset_provider(self, _sizes: Any = None, vp_stage: int | None = None) -> tuple[Any, Any, None]:
+        """(train, validation, None) iterators of this rank, from the pairs consumed so far; one call per virtual stage."""
+        args = self.args
+        order = PairOrder(self.train.sizes, seed=args.seed, weights=self.weights)
+        train = stream(args, self.train, order, args.global_batch_size, self.model.vocab)
+        valid = full_pass(args, self.valid, self.model.vocab) if self.valid is not None else None
+        self.hooks.train, self.hooks.valid = train, valid
+        if self.save is not None and torch.distributed.get_rank() == torch.distributed.get_world_size() - 1 and not vp_stage:
+            self.save.mkdir(parents=True, exist_ok=True)
+            loop_hooks.rewind_metrics(self.save, args.iteration)
+        return train.from_position(args.consumed_train_samples), valid.repeated() if valid is not None else None, None
+
+    dataset_provider.is_distributed = True  # type: ignore[attr-defined]

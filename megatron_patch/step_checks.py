@@ -1,0 +1,137 @@
+"""What must hold before the optimizer may step: log-probs are finite, and at step 0 the policy is its own reference.
+
+Both verdicts are reached after the backward passes and before the optimizer, through ``config.finalize_model_grads_func``: no
+extra forward pass, every rank takes part, and when a check fails all ranks leave together with nothing stepped and nothing saved.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_patch.data.packed_batch import PackedBatch
+from megatron_patch.entry import AgreedError
+
+# Largest |log-ratio| per token (nats) of any response, and its mean over responses, that count as "the same model".
+TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (5e-2, 2e-3), torch.float16: (5e-2, 2e-3)}
+
+
+@dataclass(frozen=True)
+class StepZero:
+    """What the first global batch of a fresh run showed. Log-ratios in nats per token, over all pairs of the batch."""
+
+    loss: float
+    identity_loss: float
+    max_abs_chosen_logratio_per_token: float
+    max_abs_rejected_logratio_per_token: float
+    mean_abs_logratio_per_token: float
+    pairs: int
+    worst_pair: str
+
+    def complaint(self, dtype: torch.dtype) -> str | None:
+        """None when policy and reference agree within the tolerance of ``dtype``, else one line that says what differs."""
+        largest = max(self.max_abs_chosen_logratio_per_token, self.max_abs_rejected_logratio_per_token)
+        max_allowed, mean_allowed = TOLERANCE[dtype]
+        if largest <= max_allowed and self.mean_abs_logratio_per_token <= mean_allowed:
+            return None
+        return (
+            f"at step 0 the policy is not its reference: |log-ratio| per token up to {largest:.3g} nats (allowed {max_allowed:g} in "
+            f"{dtype}), mean {self.mean_abs_logratio_per_token:.3g} (allowed {mean_allowed:g}), worst at pair {self.worst_pair}; loss "
+            f"{self.loss:.6f}, expected {self.identity_loss:.6f}. Recompute the reference log-probs with these weights and this dtype, "
+            "or say --allow-reference-mismatch"
+        )
+
+
+class _Observed(NamedTuple):
+    """One micro-batch: names [P], finite bool [P], and at step 0 log-ratios per token [2, P] and losses [P]."""
+
+    names: tuple[str, ...]
+    finite: Tensor
+    ratios: Tensor | None
+    losses: Tensor | None
+
+    def rows(self) -> list[tuple[str, float, float, float]]:
+        """(name, chosen log-ratio, rejected log-ratio, loss) of each pair."""
+        if self.ratios is None or self.losses is None:
+            return []
+        return list(zip(self.names, *self.ratios.tolist(), self.losses.detach().tolist(), strict=True))
+
+
+class StepChecks:
+    """Collects what each micro-batch showed and judges once per step, on every rank.
+
+    Args:
+        dtype: what the model computes in.
+        identity_loss: the loss of a pair whose policy equals its reference; None where there is no reference.
+        fresh: says whether the step under way is the first of a run that starts from the reference's weights.
+        on_step_zero: told the outcome on every rank, before it is judged.
+        allow_mismatch: go on although the gate complains.
+    """
+
+    def __init__(
+        self,
+        *,
+        dtype: torch.dtype,
+        identity_loss: float | None = None,
+        fresh: Callable[[], bool] = lambda: False,
+        on_step_zero: Callable[[StepZero], None] = lambda outcome: None,
+        allow_mismatch: bool = False,
+    ) -> None:
+        self.dtype, self.identity_loss, self.fresh = dtype, identity_loss, fresh
+        self.on_step_zero, self.allow_mismatch = on_step_zero, allow_mismatch
+        self._observed: list[_Observed] = []
+
+    def observe(self, batch: PackedBatch, response_logps: Tensor, losses: Tensor | None = None) -> None:
+        """Remember one micro-batch: response log-probs [R] (nats) and, for pairs, the loss of each [P]. No synchronisation."""
+        if not batch.samples:
+            return
+        logps = response_logps.detach().view(-1, batch.samples)
+        ratios = None
+        if self.identity_loss is not None and self.fresh():
+            ratios = (logps - batch.reference.view_as(logps)) / batch.lengths.view_as(logps)
+        self._observed.append(_Observed(batch.names, torch.isfinite(logps).all(0), ratios, losses))
+
+    def wrap(self, finalize_model_grads: Callable) -> Callable:
+        """Upstream's ``finalize_model_grads`` with the judgement in front of it."""
+
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            self._judge()
+            return finalize_model_grads(*args, **kwargs)
+
+        return checked
+
+    def _judge(self) -> None:
+        observed, self._observed = self._observed, []
+        bad = torch.stack([(~o.finite).any() for o in observed]).any() if observed else torch.zeros((), dtype=torch.bool)
+        verdict = bad.float().to(torch.cuda.current_device())
+        torch.distributed.all_reduce(verdict, op=torch.distributed.ReduceOp.MAX)
+        if verdict.item():
+            names = _gather([n for o in observed for n, ok in zip(o.names, o.finite.tolist(), strict=True) if not ok])
+            raise AgreedError(f"log-probs are NaN or infinite for {len(names)} pairs, nothing was stepped: {', '.join(names[:8])}")
+        if self.identity_loss is not None and self.fresh():
+            self._judge_step_zero(_gather([row for o in observed for row in o.rows()]))
+
+    def _judge_step_zero(self, rows: list[Any]) -> None:
+        worst = max(rows, key=lambda row: max(abs(row[1]), abs(row[2])))
+        outcome = StepZero(
+            loss=sum(row[3] for row in rows) / len(rows),
+            identity_loss=float(self.identity_loss or 0.0),
+            max_abs_chosen_logratio_per_token=max(abs(row[1]) for row in rows),
+            max_abs_rejected_logratio_per_token=max(abs(row[2]) for row in rows),
+            mean_abs_logratio_per_token=sum(abs(row[1]) + abs(row[2]) for row in rows) / (2 * len(rows)),
+            pairs=len(rows),
+            worst_pair=worst[0],
+        )
+        self.on_step_zero(outcome)
+        complaint = outcome.complaint(self.dtype)
+        if complaint and not self.allow_mismatch:
+            raise AgreedError(complaint)
+
+
+def _gather(local: list[Any]) -> list[Any]:
+    """The distinct items of all ranks, sorted (tensor-parallel ranks hold the same ones)."""
+    everywhere: list[list[Any]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(everywhere, local)
+    return sorted({item for part in everywhere for item in part})
