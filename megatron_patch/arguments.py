@@ -110,7 +110,8 @@ def _defaults(known: argparse.Namespace) -> dict[str, Any]:
     shape["layernorm_epsilon"] = shape.pop("norm_epsilon")
     seq_length = known.seq_length or 4096
     shape["max_position_embeddings"] = max(shape["max_position_embeddings"], seq_length)
-    return {**_RUN_DEFAULTS, **shape, "seq_length": seq_length, **_device_defaults(choose_device(known.device))}
+    paths = {"tensorboard_dir": os.path.join(known.save, "tensorboard")} if known.save else {}
+    return {**_RUN_DEFAULTS, **shape, **paths, "seq_length": seq_length, **_device_defaults(choose_device(known.device))}
 
 
 # Everything here can be overridden. Reasons: what packing needs, what upstream gets wrong without (see docs/design-notes.md).
@@ -139,6 +140,7 @@ _RUN_DEFAULTS: dict[str, Any] = {
     "adam_beta2": 0.95,
     "lr_decay_style": "cosine",
     "log_interval": 1,
+    "save_interval": 500,
     "manual_gc": False,
 }
 
