@@ -83,6 +83,7 @@ def load_hf_weights(model_chunks: Sequence[nn.Module], hf_path: str | Path) -> N
     shape, stored = read_checkpoint(hf_path)
     tp_rank, tp_size = _tp()
     check_layout(shape, tp_size)
+    _names_of_stages(model_chunks, shape)
     _refuse_different_tied_output(shape, stored)
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     plans = [(owned.parameter, _shard_of(owned, shape, tp_rank, tp_size)) for owned in _parameters(model_chunks)]
@@ -122,25 +123,11 @@ def save_hf_weights(
     shape = ModelShape.from_hf(config)
     temporary = out.with_name(f".{out.name}.partial")
     _on_rank_zero(lambda: _make_empty_folder(out, temporary))
-    files = _plan_files(_names_to_write(model_chunks, shape), shape, dtype, max_shard_bytes)
+    files = _plan_files(_names_of_stages(model_chunks, shape), shape, dtype, max_shard_bytes)
     _write_stage(model_chunks, shape, temporary, files, dtype)
     torch.distributed.barrier()  # every stage's files are on disk
     _on_rank_zero(lambda: _add_other_files(temporary, source, config, files, dtype))
     _on_rank_zero(lambda: _publish(temporary, out))
-
-
-def _refuse_different_tied_output(shape: ModelShape, stored: dict[str, StoredTensor]) -> None:
-    """A tied checkpoint may carry lm_head.weight, if it repeats the embedding; only global rank 0 reads the two."""
-    if shape.tied and OUTPUT in stored:
-        _on_rank_zero(lambda: _compare_tied(shape, stored))
-
-
-def _compare_tied(shape: ModelShape, stored: dict[str, StoredTensor], rows_at_once: int = 4096) -> None:
-    with SliceReader(stored) as read:
-        for start in range(0, shape.vocab, rows_at_once):
-            length = min(rows_at_once, shape.vocab - start)
-            if not torch.equal(*(read(Piece(name, 0, start, length, 0)) for name in (EMBEDDING, OUTPUT))):
-                raise ValueError(f"config.json ties the embeddings, but {OUTPUT} differs from {EMBEDDING} in {stored[OUTPUT].file}")
 
 
 def _parameters(model_chunks: Sequence[nn.Module]) -> Iterator[OwnedParameter]:
@@ -202,8 +189,8 @@ def _make_empty_folder(out: Path, temporary: Path) -> None:
     temporary.mkdir(parents=True)
 
 
-def _names_to_write(model_chunks: Sequence[nn.Module], shape: ModelShape) -> list[list[str]]:
-    """The tensors that each pipeline stage exports, in order, on every rank.
+def _names_of_stages(model_chunks: Sequence[nn.Module], shape: ModelShape) -> list[list[str]]:
+    """The Hugging Face tensors that each pipeline stage holds, in order, on every rank; a tied output layer does not count.
 
     Raises:
         ValueError: together the stages do not hold exactly the tensors that config.json asks for.
@@ -212,7 +199,7 @@ def _names_to_write(model_chunks: Sequence[nn.Module], shape: ModelShape) -> lis
     stages: list[list[str]] = [[] for _ in range(parallel_state.get_pipeline_model_parallel_world_size())]
     torch.distributed.all_gather_object(stages, mine, group=parallel_state.get_pipeline_model_parallel_group())
     held = Counter(name for names in stages for name in names)
-    expected = Counter(hf_tensors(shape))
+    expected = Counter(hf_tensors(shape).keys())
     if held != expected:
         raise ValueError(f"the model and config.json disagree about {', '.join(sorted((held - expected) + (expected - held)))}")
     return stages
