@@ -34,7 +34,7 @@ def _exact(literal: str) -> Fraction | None:
 
 def final_number(text: str) -> Fraction | None:
     """The answer's final number: the first after the last "####", else the last in the text; None if there is none there."""
-    before, mark, after = text.rpartition(_MARK)
+    _, mark, after = text.rpartition(_MARK)
     if mark:
         return next(iter(numbers_in(after)), None)
     numbers = numbers_in(after)
