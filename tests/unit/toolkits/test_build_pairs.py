@@ -1,0 +1,146 @@
+"""Records to a store: ids against the tokenizer, every drop under its reason, every mistake by its place."""
+
+import hashlib
+
+import pytest
+from toolkit_helpers import files, record, write_jsonl
+
+from megatron_patch.data.pair_store import PairStore
+from toolkits.lpo_data_preprocessing.build_pairs import main
+from toolkits.lpo_data_preprocessing.tokenise import ChatTokenizer
+
+
+def command(folder, tokenizer, *more):
+    return ["--input", str(folder / "in.jsonl"), "--output", str(folder / "s"), "--tokenizer", str(tokenizer), *map(str, more)]
+
+
+def build(folder, tokenizer, records, *more) -> PairStore:
+    write_jsonl(folder / "in.jsonl", records)
+    assert main(command(folder, tokenizer, *more)) == 0
+    return PairStore(folder / "s", verify="sha256")
+
+
+def test_pairs(tiny_qwen, tmp_path):
+    records = [record(0, rejected=["1", "2 <|im_end|>"], rejected_ended=[True, False]), record(1, rejected=["3"])]
+    store, chat = build(tmp_path, tiny_qwen, records), ChatTokenizer(tiny_qwen)
+    end = chat.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert store.kind == "pairs" and store.columns.id == ["r0-0", "r0-1", "r1-0"] and store.columns.source_line.tolist() == [1, 1, 2]
+    assert store.columns.group[0] == store.columns.group[1] != store.columns.group[2]
+    for i, (source, text, ended) in enumerate([(0, "1", True), (0, "2 <|im_end|>", False), (1, "3", True)]):
+        prompt, chosen, rejected = (part.tolist() for part in store[i])
+        assert prompt == chat.prompt_ids(records[source]["prompt"])
+        assert chat.decode(chosen) == records[source]["chosen"] + "<|im_end|>" and chosen[-1] == end
+        assert chat.decode(rejected) == text + ("<|im_end|>" if ended else "")
+        assert (rejected[-1] == end) == ended and rejected.count(end) == ended
+
+
+def test_manifest(tiny_qwen, tmp_path):
+    store, chat = build(tmp_path, tiny_qwen, [record(0, rejected=["1", "a\n<|im_end|>"])], "--max-length", 300), ChatTokenizer(tiny_qwen)
+    manifest = store.manifest
+    assert manifest["tokenizer"]["fingerprint"] == chat.fingerprint
+    assert manifest["template"] == {"fingerprint": chat.template_fingerprint, "response_end": "<|im_end|>", "exceptions": 1}
+    assert manifest["limits"] == {"max_length": 300} and manifest["dropped"] == {}
+    assert manifest["sources"] == [
+        {"path": str(tmp_path / "in.jsonl"), "sha256": hashlib.sha256((tmp_path / "in.jsonl").read_bytes()).hexdigest(), "records": 1}
+    ]
+
+
+def test_same_input_same_fingerprint(tiny_qwen, tmp_path):
+    prints = []
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        prints.append(build(tmp_path / name, tiny_qwen, [record(0, rejected=["1"])]).fingerprint)
+    assert prints[0] == prints[1]
+
+
+def test_scores(tiny_qwen, tmp_path):
+    store = build(tmp_path, tiny_qwen, [record(0, rejected=["1", "2"], chosen_score=1, rejected_scores=[0.5, 0.25])])
+    assert store.columns.scores.tolist() == [[1, 0.5], [1, 0.25]]
+
+
+def test_sft(tiny_qwen, tmp_path):
+    records = [record(0), record(1, rejected=["never looked at"])]
+    store, chat = build(tmp_path, tiny_qwen, records, "--kind", "sft"), ChatTokenizer(tiny_qwen)
+    assert len(store) == 2 and store.columns.id == ["r0", "r1"]
+    assert [part.tolist() for part in store[1]] == [chat.prompt_ids(records[1]["prompt"]), chat.response_ids(records[1]["chosen"])]
+
+
+LONG = "9" * 200  # digits stand alone: 200 tokens
+
+
+def test_too_long_is_dropped_under_its_reason(tiny_qwen, tmp_path, capsys):
+    records = [record(0, chosen=LONG, rejected=["1"]), record(1, rejected=[LONG, "2"]), record(2, LONG, rejected=["3"])]
+    store = build(tmp_path, tiny_qwen, records, "--max-length", 120, "--max-drop-fraction", 0.8)
+    assert store.columns.id == ["r1-1"]
+    assert store.manifest["dropped"] == {"too_long_chosen": 2, "too_long_rejected": 1}
+    out = capsys.readouterr().out
+    assert "4 pairs read, 1 kept, 3 dropped" in out and "too_long_chosen" in out
+
+
+def test_the_limit_is_exact(tiny_qwen, tmp_path, fails):
+    store = build(tmp_path, tiny_qwen, [record(0, rejected=["1"])])
+    total = int(store.lengths[0][:2].sum())  # the chosen answer is the longer one
+    assert len(build(tmp_path, tiny_qwen, [record(0, rejected=["1"])], "--max-length", total, "--overwrite")) == 1
+    line = fails(main, *command(tmp_path, tiny_qwen, "--max-length", total - 1, "--overwrite"))
+    assert "1 of 1 pairs dropped" in line and "too_long_chosen 1" in line
+    assert len(PairStore(tmp_path / "s")) == 1  # the store that was there is untouched
+
+
+def test_prompts_are_cut_from_the_left_and_responses_never(tiny_qwen, tmp_path, capsys):
+    records = [record(0, LONG + "?", rejected=["1", "22"]), record(1, chosen=LONG, rejected=["1"])]
+    store, chat = build(tmp_path, tiny_qwen, records, "--max-length", 60, "--truncate-prompt"), ChatTokenizer(tiny_qwen)
+    prompt, chosen, rejected = (part.tolist() for part in store[0])
+    whole = chat.prompt_ids(records[0]["prompt"])
+    assert len(prompt) + max(len(chosen), len(rejected)) == 60 and prompt == whole[-len(prompt) :]
+    assert chat.decode(chosen) == records[0]["chosen"] + "<|im_end|>"
+    assert store.manifest["dropped"] == {"too_long_chosen": 1} and store.manifest["options"]["truncated_prompts"] == 2
+    assert "prompts cut from the left: 2" in capsys.readouterr().out
+
+
+def test_drop_empty(tiny_qwen, tmp_path):
+    records = [record(0, rejected=["1", " "]), record(1, chosen="  ", rejected=["2"]), record(2, rejected=["3"])]
+    store = build(tmp_path, tiny_qwen, records, "--drop-empty")
+    assert store.columns.id == ["r0-0", "r2-0"] and store.manifest["dropped"] == {"empty_chosen": 1, "empty_rejected": 1}
+
+
+GOOD = record(0, rejected=["1"])
+
+
+@pytest.mark.parametrize(
+    ("records", "more", "message"),
+    [
+        ([GOOD, "{"], (), "in.jsonl:2: not valid JSON"),
+        ([GOOD, {"id": "x", "prompt": GOOD["prompt"], "rejected": []}], (), "in.jsonl:2: field 'chosen' is missing"),
+        ([{k: v for k, v in GOOD.items() if k != "rejected"}], (), "in.jsonl:1: field 'rejected' is missing"),
+        ([GOOD, GOOD | {"id": "x", "chosen": ""}], (), "in.jsonl:2: empty chosen answer of x-0"),
+        ([GOOD, GOOD | {"id": "x", "rejected": ["1", ""]}], (), "in.jsonl:2: empty rejected answer of x-1"),
+        ([GOOD, GOOD], (), "in.jsonl:2: id 'r0-0' is in the store already"),
+        ([GOOD | {"rejected": [1]}], (), "in.jsonl:1: rejected[0] must be text, got int"),
+        ([GOOD | {"rejected_ended": []}], (), "in.jsonl:1: field 'rejected_ended' needs one entry per rejected answer (1)"),
+        ([GOOD | {"rejected_scores": [1.0]}], (), "in.jsonl:1: field 'chosen_score' is missing"),
+        ([GOOD | {"prompt": []}], (), "in.jsonl:1: messages must be a non-empty list"),
+        ([GOOD], ("--max-length", 5), "1 of 1 pairs dropped"),
+        ([GOOD], ("--max-length", 1), "at least 2 tokens, got 1"),
+        ([GOOD], ("--tokenizer", "/nowhere"), "/nowhere: no such folder"),
+        ([GOOD], ("--response-end", "<end>"), "has no token '<end>'"),
+        ([record(0)], (), "no pairs left (record_without_rejected 1)"),
+    ],
+)
+def test_bad_input(tiny_qwen, tmp_path, fails, records, more, message):
+    write_jsonl(tmp_path / "in.jsonl", records)
+    assert message in fails(main, *command(tmp_path, tiny_qwen, *more))
+    assert files(tmp_path) == ["in.jsonl"]
+
+
+def test_existing_store_and_interruption(tiny_qwen, tmp_path, fails, monkeypatch):
+    build(tmp_path, tiny_qwen, [GOOD])
+    before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
+    assert "s.json: store exists already" in fails(main, *command(tmp_path, tiny_qwen))
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ChatTokenizer, "follows_template", stop)
+    with pytest.raises(KeyboardInterrupt):
+        main(command(tmp_path, tiny_qwen, "--overwrite"))
+    assert {name: (tmp_path / name).read_bytes() for name in files(tmp_path)} == before

@@ -1,0 +1,94 @@
+"""Algorithm 1 on hand-made candidates, and the split."""
+
+import pytest
+from toolkit_helpers import files, read_jsonl, record, write_jsonl
+
+from toolkits.lpo_data_preprocessing.records import Tally
+from toolkits.lpo_data_preprocessing.select import is_validation, main, select_lppc
+
+
+def sampled(*texts, cut=()):
+    return [{"text": text, "finish_reason": "length" if i in cut else "stop"} for i, text in enumerate(texts)]
+
+
+def stage(tmp_path, records, *more):
+    write_jsonl(tmp_path / "in.jsonl", records)
+    return main(["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl"), *more])
+
+
+def test_lppc_keeps_every_other_answer():
+    tally = Tally()
+    given = record(0, chosen="good", candidates=sampled("bad", " good\n", "worse", "bad ", "", "cut off", cut=(5,)), task="t")
+    result = select_lppc(given, "f:1", None, tally)
+    assert result is not None and (result["rejected"], result["rejected_ended"]) == (["bad", "worse", "cut off"], [True, True, False])
+    assert tally.left_out == {"equal_to_chosen": 1, "duplicate_candidate": 1, "empty_candidate": 1}
+    assert "candidates" not in result and result["task"] == "t" and result["chosen"] == "good"
+
+
+def test_limit_and_answers_given_before():
+    tally = Tally()
+    given = record(0, chosen="good", rejected=["given"], candidates=sampled("given", "a", "b", cut=(1,)))
+    result = select_lppc(given, "f:1", 2, tally)
+    assert result is not None and (result["rejected"], result["rejected_ended"]) == (["given", "a"], [True, False])
+    assert tally.left_out == {"duplicate_candidate": 1, "over_max_pairs_per_prompt": 1}
+
+
+def test_nothing_left():
+    assert select_lppc(record(0, chosen="good", candidates=sampled("good", "good ")), "f:1", None, Tally()) is None
+
+
+def test_stage_counts(tmp_path, capsys):
+    rows = [record(0, chosen="good", candidates=sampled("bad", "worse")), record(1, chosen="good", candidates=sampled("good", "good"))]
+    assert stage(tmp_path, rows) == 0
+    assert [(r["id"], r["rejected"]) for r in read_jsonl(tmp_path / "out.jsonl")] == [("r0", ["bad", "worse"])]
+    out = capsys.readouterr().out
+    assert "2 records read, 1 kept, 1 dropped, 2 left out" in out and "no_candidate_left" in out and "out.jsonl: 2" in out
+
+
+def test_a_prompt_is_on_one_side_only(tmp_path):
+    rows = [record(i, f"question {i % 200}", candidates=sampled(f"bad {i}")) for i in range(600)]
+    assert stage(tmp_path, rows, "--valid-fraction", "0.25", "--valid-output", str(tmp_path / "valid.jsonl")) == 0
+    train, valid = ({r["prompt"][0]["content"] for r in read_jsonl(tmp_path / name)} for name in ("out.jsonl", "valid.jsonl"))
+    assert not train & valid and len(train | valid) == 200
+    assert 0.15 < len(valid) / 200 < 0.35
+    ids = [r["id"] for name in ("out.jsonl", "valid.jsonl") for r in read_jsonl(tmp_path / name)]
+    assert sorted(ids) == sorted(r["id"] for r in rows)
+
+
+def test_split_hangs_on_prompt_and_seed_alone():
+    rows = [record(i, f"q{i}") for i in range(300)]
+    side = [is_validation(row, 0.3, 1) for row in rows]
+    assert side == [is_validation(row | {"id": "x", "chosen": "y"}, 0.3, 1) for row in rows] != [is_validation(row, 0.3, 2) for row in rows]
+    assert all(not b or a for a, b in zip([is_validation(row, 0.5, 1) for row in rows], side, strict=True))  # growing F moves none back
+
+
+GOOD = record(0, candidates=sampled("bad"))
+
+
+@pytest.mark.parametrize(
+    ("records", "more", "message"),
+    [
+        ([GOOD, "{"], (), "in.jsonl:2: not valid JSON"),
+        ([GOOD, record(1)], (), "in.jsonl:2: field 'candidates' is missing"),
+        ([record(0, candidates=[{"finish_reason": "stop"}])], (), "in.jsonl:1: candidate 0 has no text"),
+        ([record(0, candidates=[{"text": "x", "finish_reason": "eos"}])], (), "in.jsonl:1: candidate 0 has finish_reason 'eos'"),
+        ([{"prompt": "q"}], (), "in.jsonl:1: field 'prompt' must be a list"),
+        ([record(0, chosen="x", candidates=sampled("x"))], (), "1 of 1 records dropped"),
+        ([GOOD], ("--valid-fraction", 0.5), "--valid-fraction and --valid-output go together"),
+        ([GOOD], ("--valid-fraction", 1.5), "must lie in [0, 1), got 1.5"),
+        ([GOOD], ("--valid-fraction", 0.0001, "--valid-output", "{tmp}/v"), "v: no pair on this side"),
+        ([GOOD], ("--max-pairs-per-prompt", 0), "must be at least 1, got 0"),
+    ],
+)
+def test_bad_input(tmp_path, fails, records, more, message):
+    path = write_jsonl(tmp_path / "in.jsonl", records)
+    more = [str(a).replace("{tmp}", str(tmp_path)) for a in more]
+    assert message in fails(main, "--input", path, "--output", tmp_path / "out.jsonl", *more)
+    assert files(tmp_path) == ["in.jsonl"]
+
+
+def test_existing_output(tmp_path, fails):
+    (tmp_path / "out.jsonl").write_text("mine")
+    write_jsonl(tmp_path / "in.jsonl", [GOOD])
+    assert "exists already" in fails(main, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+    assert (tmp_path / "out.jsonl").read_text() == "mine"

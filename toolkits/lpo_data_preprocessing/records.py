@@ -1,0 +1,183 @@
+"""What every stage shares: reading and writing JSONL records, counting what was dropped, and how a stage starts, reports and fails.
+
+A record is one line: {"id", "prompt": [{"role", "content"}...], "chosen": str, "rejected": [str...], ...}; fields a stage does not know
+pass through it. A user's mistake is a ValueError that names file and line (or id); `run_stage` turns it into one line and exit code 2.
+"""
+
+import argparse
+import hashlib
+import json
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tqdm import tqdm
+
+from megatron_patch.data.atomic_files import atomic_path
+
+Record = dict[str, Any]
+Message = dict[str, str]
+ROLES = ("system", "user", "assistant", "tool")
+
+
+def read_records(path: str | Path) -> Iterator[tuple[int, Record]]:
+    """Yield (1-based line number, record) of a JSONL file; blank lines are skipped. ValueError naming file:line for anything else."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    with open(path, "rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise ValueError(f"{path}:{number}: not valid JSON ({error})") from None
+            if not isinstance(record, dict):
+                raise ValueError(f"{path}:{number}: a record must be a JSON object, got {type(record).__name__}")
+            yield number, record
+
+
+def get_field(record: Record, name: str, kind: type, where: str) -> Any:
+    """`record[name]`, checked to be a `kind`; `where` ("file:line") opens the error."""
+    if name not in record:
+        raise ValueError(f"{where}: field {name!r} is missing (fields: {', '.join(record) or 'none'})")
+    if not isinstance(record[name], kind):
+        raise ValueError(f"{where}: field {name!r} must be a {kind.__name__}, got {type(record[name]).__name__}")
+    return record[name]
+
+
+def check_messages(messages: Any, where: str) -> list[Message]:
+    """A non-empty list of {"role", "content"} with known roles and text contents, else ValueError."""
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"{where}: messages must be a non-empty list, got {messages!r:.80}")
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str) or message.get("role") not in ROLES:
+            raise ValueError(f"{where}: a message needs 'content' (text) and 'role' (one of {', '.join(ROLES)}), got {message!r:.80}")
+    return messages
+
+
+def content_hash(value: Any) -> str:
+    """16 hex digits of the sha256 of a JSON value, the same whatever the order of its keys."""
+    canonical = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+@contextmanager
+def jsonl_writer(path: str | Path) -> Iterator[Callable[[Record], None]]:
+    """Yield a function that appends one record; the file appears when the block ends without an exception, or not at all."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary:
+        with open(temporary, "w", encoding="utf-8") as stream:
+            yield lambda record: print(json.dumps(record, ensure_ascii=False), file=stream)
+
+
+def refuse_existing(path: str | Path, overwrite: bool) -> None:
+    """ValueError if `path` is there and the user did not ask to overwrite it."""
+    if Path(path).exists() and not overwrite:
+        raise ValueError(f"{path}: exists already, give another --output or --overwrite")
+
+
+@dataclass
+class Tally:
+    """What came in, what went out, and why the rest did not."""
+
+    unit: str = "records"
+    read: int = 0
+    kept: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    """Losses, by reason: too many are an error."""
+    left_out: Counter[str] = field(default_factory=Counter)
+    """Left out by design (a sample equal to the chosen answer...): shown, never an error."""
+
+    def drop(self, reason: str, count: int = 1) -> None:
+        """Count a loss."""
+        self.dropped[reason] += count
+
+    def check(self, max_drop_fraction: float) -> None:
+        """ValueError if more than `max_drop_fraction` (0..1) of what was read was dropped, or if nothing was kept."""
+        lost = sum(self.dropped.values())
+        reasons = ", ".join(f"{reason} {count}" for reason, count in (self.dropped + self.left_out).most_common()) or "empty input"
+        if lost > max_drop_fraction * self.read:
+            raise ValueError(f"{lost} of {self.read} {self.unit} dropped, more than --max-drop-fraction {max_drop_fraction:g} ({reasons})")
+        if not self.kept:
+            raise ValueError(f"no {self.unit} left ({reasons})")
+
+    def table(self) -> str:
+        """The counts by reason, one line each; empty if nothing was dropped or left out."""
+        rows = [("dropped", *item) for item in self.dropped.most_common()] + [("left out", *item) for item in self.left_out.most_common()]
+        return "\n".join(f"  {what:<8}  {reason:<28} {count:>9}" for what, reason, count in rows)
+
+
+class StageParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, like every other error of a stage."""
+
+    def __init__(self, stage: str, description: str, example: str, *, output: str, max_drop_fraction: float = 0.5) -> None:
+        super().__init__(
+            prog=f"python -m toolkits.lpo_data_preprocessing.{stage}",
+            description=description,
+            epilog=f"example:\n  python -m toolkits.lpo_data_preprocessing.{stage} {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        self.stage = stage
+        self.add_argument("--input", required=True, metavar="JSONL", help="records to read")
+        self.add_argument("--output", required=True, metavar="PATH", help=output)
+        self.add_argument("--overwrite", action="store_true", help="replace an existing output")
+        self.add_argument(
+            "--max-drop-fraction", type=float, default=max_drop_fraction, metavar="F",
+            help="more than this fraction (0 to 1) of the input dropped is an error (default %(default)s)",
+        )  # fmt: skip
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see --help)")
+
+
+def run_stage(parser: StageParser, run: Callable[[argparse.Namespace], str], argv: Sequence[str] | None) -> int:
+    """Parse, run, print the stage's closing lines (what `run` returns); 0, or 2 after a one-line error on stderr for a user's mistake.
+
+    SIGTERM ends the stage through an exception, so that its temporary files are removed.
+    """
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    started = time.monotonic()
+    try:
+        summary, *table = run(parser.parse_args(argv)).split("\n")
+    except (ValueError, OSError) as error:
+        print(f"{parser.stage}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    print("\n".join([f"{parser.stage}: {summary} ({time.monotonic() - started:.1f} s)", *table]))
+    return 0
+
+
+def closing_lines(tally: Tally, output: str | Path) -> str:
+    """The summary line and the table under it."""
+    lost, left_out = sum(tally.dropped.values()), sum(tally.left_out.values())
+    summary = f"{tally.read} {tally.unit} read, {tally.kept} kept, {lost} dropped, {left_out} left out -> {output}"
+    return f"{summary}\n{tally.table()}".strip()
+
+
+class _Lines:
+    """A stream on which a progress bar makes lines instead of overwriting one."""
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            sys.stderr.write(text.strip() + "\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+def progress(items: Iterable[Any], *, what: str, unit: str, total: int | None = None, initial: int = 0) -> Any:
+    """A progress bar on stderr; a line every 30 s where stderr is not a terminal."""
+    terminal = sys.stderr.isatty()
+    return tqdm(
+        items, desc=what, unit=unit, total=total, initial=initial, file=sys.stderr if terminal else _Lines(), leave=False,
+        mininterval=0.2 if terminal else 30.0, maxinterval=10.0 if terminal else 60.0, delay=0.0 if terminal else 30.0,
+    )  # fmt: skip

@@ -1,0 +1,145 @@
+"""Stage 3: records with candidates -> preference pairs, split by prompt.
+
+Method "lppc", Algorithm 1 of LPO (arXiv 2508.14947): the reference answer is chosen and every sample of the policy is the rejected of a
+pair of its own, whatever its quality. Left out: samples equal to the chosen text (nothing to prefer), repeats among one prompt's samples,
+empty samples. A sample cut at the length limit stays, marked in "rejected_ended": build_pairs then writes it without the end token.
+
+Records of one prompt go to one side of the split, decided by a hash of the prompt alone: the same prompt lands on the same side in every
+file and in every run with that seed.
+"""
+
+import argparse
+import hashlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+
+from toolkits.lpo_data_preprocessing.records import (
+    Record,
+    StageParser,
+    Tally,
+    check_messages,
+    closing_lines,
+    content_hash,
+    get_field,
+    jsonl_writer,
+    progress,
+    read_records,
+    refuse_existing,
+    run_stage,
+)
+
+
+def is_validation(record: Record, fraction: float, seed: int) -> bool:
+    """Which side a record's prompt is on; `fraction` (0 to 1) of all prompts are validation prompts."""
+    digest = hashlib.sha256(f"{seed}/{content_hash(record['prompt'])}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+
+
+def check_candidates(record: Record, where: str) -> list[Record]:
+    """The record's candidates, each {"text": str, "finish_reason": "stop" or "length"}; ValueError naming `where`."""
+    candidates = get_field(record, "candidates", list, where)
+    for i, candidate in enumerate(candidates):
+        if not isinstance(candidate, dict) or not isinstance(candidate.get("text"), str):
+            raise ValueError(f"{where}: candidate {i} has no text")
+        if candidate.get("finish_reason") not in ("stop", "length"):
+            raise ValueError(f"{where}: candidate {i} has finish_reason {candidate.get('finish_reason')!r}, expected 'stop' or 'length'")
+    return candidates
+
+
+def select_lppc(record: Record, where: str, max_pairs: int | None, tally: Tally) -> Record | None:
+    """The record with its rejected answers, or None if no candidate is left; what is left out is counted in `tally`.
+
+    Rejected answers that were in the data before come first, then the candidates in the order they were sampled.
+    """
+    chosen = get_field(record, "chosen", str, where)
+    kept = [(text, True) for text in record.get("rejected", [])]
+    seen = {text.strip() for text, _ in kept}
+    for candidate in check_candidates(record, where):
+        text = candidate["text"]
+        reason = _why_not(text.strip(), chosen.strip(), seen)
+        if reason is None:
+            seen.add(text.strip())
+            kept.append((text, candidate["finish_reason"] == "stop"))
+        else:
+            tally.left_out[reason] += 1
+    if max_pairs is not None and len(kept) > max_pairs:
+        tally.left_out["over_max_pairs_per_prompt"] += len(kept) - max_pairs
+        kept = kept[:max_pairs]
+    if not kept:
+        return None
+    rest = {name: value for name, value in record.items() if name != "candidates"}
+    return rest | {"rejected": [text for text, _ in kept], "rejected_ended": [ended for _, ended in kept]}
+
+
+def _why_not(text: str, chosen: str, seen: set[str]) -> str | None:
+    if not text:
+        return "empty_candidate"
+    if text == chosen:
+        return "equal_to_chosen"
+    return "duplicate_candidate" if text in seen else None
+
+
+Selector = Callable[[Record, str, int | None, Tally], Record | None]
+METHODS: dict[str, Selector] = {"lppc": select_lppc}
+
+
+def _selected(args: argparse.Namespace, tally: Tally) -> Iterator[Record]:
+    for number, record in progress(read_records(args.input), what="select", unit="record"):
+        where = f"{args.input}:{number}"
+        check_messages(get_field(record, "prompt", list, where), where)
+        tally.read += 1
+        result = METHODS[args.method](record, where, args.max_pairs_per_prompt, tally)
+        if result is None:
+            tally.drop("no_candidate_left")
+        else:
+            tally.kept += 1
+            yield result
+
+
+def _check_split(args: argparse.Namespace) -> None:
+    if not 0 <= args.valid_fraction < 1:
+        raise ValueError(f"--valid-fraction must lie in [0, 1), got {args.valid_fraction:g}")
+    if (args.valid_fraction > 0) != (args.valid_output is not None):
+        raise ValueError("--valid-fraction and --valid-output go together")
+    if args.max_pairs_per_prompt is not None and args.max_pairs_per_prompt < 1:
+        raise ValueError(f"--max-pairs-per-prompt must be at least 1, got {args.max_pairs_per_prompt}")
+
+
+def _run(args: argparse.Namespace) -> str:
+    _check_split(args)
+    outputs = [args.output] + ([args.valid_output] if args.valid_output else [])
+    for output in outputs:
+        refuse_existing(output, args.overwrite)
+    tally, pairs = Tally(), dict.fromkeys(outputs, 0)
+    with ExitStack() as stack:
+        write = {output: stack.enter_context(jsonl_writer(output)) for output in outputs}
+        for record in _selected(args, tally):
+            output = outputs[-1] if is_validation(record, args.valid_fraction, args.seed) else args.output
+            write[output](record)
+            pairs[output] += len(record["rejected"])
+        tally.check(args.max_drop_fraction)
+        if empty := [output for output in outputs if not pairs[output]]:
+            raise ValueError(f"{empty[0]}: no pair on this side of the split (--valid-fraction {args.valid_fraction:g})")
+    return closing_lines(tally, args.output) + "".join(f"\n  pairs     {output}: {count}" for output, count in pairs.items())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line of the stage; returns the exit code."""
+    parser = StageParser(
+        "select", "Turn sampled candidates into preference pairs and split them by prompt.",
+        "--input candidates.jsonl --output train.jsonl --valid-output valid.jsonl --valid-fraction 0.05",
+        output="records with rejected answers, one per line", max_drop_fraction=0.95,
+    )  # fmt: skip
+    parser.add_argument("--method", choices=list(METHODS), default="lppc", help="how pairs are chosen (default %(default)s)")
+    parser.add_argument(
+        "--max-pairs-per-prompt", type=int, metavar="N", help="keep the first N rejected answers of a record (default: all)"
+    )
+    parser.add_argument("--valid-fraction", type=float, default=0.0, metavar="F", help="of the prompts, 0 to 1 (default %(default)s)")
+    parser.add_argument("--valid-output", metavar="PATH", help="where the validation records go")
+    parser.add_argument("--seed", type=int, default=1, help="of the split (default %(default)s)")
+    return run_stage(parser, _run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
