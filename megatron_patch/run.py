@@ -20,6 +20,7 @@ from megatron.training.checkpointing import checkpoint_exists
 
 from megatron_patch import loop_hooks
 from megatron_patch.arguments import given_loss_options
+from megatron_patch.checkpoint import torch_adam
 from megatron_patch.checkpoint.hf_files import weights_fingerprint
 from megatron_patch.checkpoint.hf_io import load_hf_weights, save_hf_weights
 from megatron_patch.data.batch_plan import BatchPlan, PairOrder
@@ -149,8 +150,9 @@ class TrainingRun:
         self.hooks = loop_hooks.LoopState(args.train_mode, self.model, None, None, self.save)
 
     def model_config(self) -> Any:
-        """The model's config, with the step checks in front of the optimizer; installs the loop hooks."""
+        """The model's config, with the step checks in front of the optimizer; installs the loop hooks and the resumable AdamW."""
         loop_hooks.install(self.hooks)
+        torch_adam.install()
         config = model_config(self.args, self.chunks)
         config.transformer.finalize_model_grads_func = self.checks.wrap(finalize_model_grads)
         return config
