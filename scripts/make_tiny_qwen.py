@@ -11,6 +11,7 @@ multiple of 128 (or of anything a tensor-parallel layout would like), so padding
 import argparse
 import json
 import sys
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,9 +55,10 @@ def make_tokenizer(texts: Iterable[str], vocab_size: int, system_prompt: str) ->
     backend.train_from_iterator([*texts, *turns * 100], trainer)
     trained = json.loads(backend.to_str())["model"]
     specials = {token: len(trained["vocab"]) + i for i, token in enumerate(SPECIAL_TOKENS)}
+    merges: Any = [tuple(merge) for merge in trained["merges"]]
     tokenizer = Qwen2Tokenizer(
         vocab=trained["vocab"] | specials,
-        merges=[tuple(merge) for merge in trained["merges"]],
+        merges=merges,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         additional_special_tokens=list(SPECIAL_TOKENS),
@@ -132,11 +134,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.disable_progress_bar()
     tokenizer = make_tokenizer(texts, args.vocab_size, args.system_prompt)
     model = make_model(args, tokenizer)
-    partial = args.output.with_name(f".{args.output.name}.partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    partial.rename(args.output)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=args.output.parent, prefix=f".{args.output.name}.") as partial:
+        model.save_pretrained(f"{partial}/model")
+        tokenizer.save_pretrained(f"{partial}/model")
+        Path(f"{partial}/model").rename(args.output)
     print(f"make_tiny_qwen: {model.num_parameters()} parameters, vocabulary {len(tokenizer)} -> {args.output}")
     return 0
 

@@ -17,11 +17,13 @@ so it is imported where it is used.
 
 import hashlib
 import json
+import logging
 import os
 import time
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,11 +41,19 @@ _DATA_SUFFIXES = (".bin", ".idx", ".meta.npz")
 _IDENTITY = ("format", "format_version", "kind", "count", "files")
 
 
-def _indexed_dataset() -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from megatron.core.datasets import indexed_dataset
-    return indexed_dataset
+@contextmanager
+def _indexed_dataset() -> Iterator[Any]:
+    """Upstream's module, with its warnings (about GPUs, ranks and packages that nobody needs here) silenced inside the block."""
+    silenced = logging.root.manager.disable
+    logging.disable(max(silenced, logging.WARNING))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from megatron.core.datasets import indexed_dataset
+
+            yield indexed_dataset
+    finally:
+        logging.disable(silenced)
 
 
 @dataclass(frozen=True)
@@ -136,7 +146,8 @@ class PairStoreWriter:
 
     def __enter__(self) -> "PairStoreWriter":
         self.prefix.parent.mkdir(parents=True, exist_ok=True)
-        self._builder = _indexed_dataset().IndexedDatasetBuilder(str(self._temporary(".bin")), dtype=np.int32)
+        with _indexed_dataset() as upstream:
+            self._builder = upstream.IndexedDatasetBuilder(str(self._temporary(".bin")), dtype=np.int32)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -257,7 +268,8 @@ class PairStore:
             raise ValueError(f"{_file(self.prefix, '.json')}: store of kind {self.kind!r}, {kind!r} is needed here")
         for suffix in _DATA_SUFFIXES:
             _verify_file(_file(self.prefix, suffix), self.manifest["files"].get(suffix), contents=verify == "sha256")
-        self._dataset = _indexed_dataset().IndexedDataset(str(self.prefix))
+        with _indexed_dataset() as upstream:
+            self._dataset = upstream.IndexedDataset(str(self.prefix))
         self._bounds = np.array(self._dataset.document_indices)
         self._columns: Columns | None = None
         if len(self) != self.manifest["count"]:

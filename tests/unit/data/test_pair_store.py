@@ -4,6 +4,8 @@ import hashlib
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -310,3 +312,17 @@ def test_damaged_reference_is_refused(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         write_reference(tmp_path / "s")
     assert not (tmp_path / "s.ref.json").exists() and not any("tmp" in name for name in files(tmp_path))
+
+
+def test_writing_and_opening_a_store_is_quiet(tmp_path):
+    body = f"""
+import sys
+from megatron_patch.data.pair_store import PairStore, PairStoreWriter
+assert not {{"torch", "megatron"}} & set(sys.modules), "importing the store must stay cheap"
+with PairStoreWriter({str(tmp_path / "s")!r}, "pairs") as writer:
+    writer.add([[1], [2], [3]], id="a")
+    writer.commit(tokenizer={{"fingerprint": "t"}}, template={{"fingerprint": "t"}}, sources=[])
+PairStore({str(tmp_path / "s")!r})[0]
+"""
+    done = subprocess.run([sys.executable, "-c", body], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
