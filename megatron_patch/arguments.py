@@ -33,9 +33,9 @@ class PatchArguments:
     device: str = _flag("auto", "where to compute; auto refuses to fall back to the CPU when the machine has GPUs", choices=DEVICES)
     train_mode: str = _flag("xpo", "finetune: cross-entropy of the responses; xpo: preference optimisation", choices=TRAIN_MODES)
     hf_path: str | None = _flag(None, "Hugging Face folder of the initial weights (and the reference); also gives the model's shape")
-    save_hf: str | None = _flag(None, "write the final weights as a Hugging Face folder")
+    save_hf: str | None = _flag(None, "write the final weights as a Hugging Face folder in the training precision")
     pair_data: list[str] | None = _flag(None, "training stores: PREFIX... or WEIGHT PREFIX WEIGHT PREFIX...", nargs="+")
-    valid_pair_data: list[str] | None = _flag(None, "validation stores; each evaluation is one full pass over them", nargs="+")
+    valid_pair_data: list[str] | None = _flag(None, "validation stores; an evaluation is one full pass over them", nargs="+")
     epochs: float | None = _flag(None, "set --train-iters to this many passes over the training stores", type=float)
     max_tokens_per_micro_batch: int = _flag(
         8192, "tokens one micro-batch may hold; the number of micro-batches of a step follows from it", type=int
@@ -99,13 +99,15 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None = 
 
 
 def _defaults(known: argparse.Namespace) -> dict[str, Any]:
-    from megatron_patch.model.qwen2 import check_tensor_parallel, megatron_model_arguments, read_qwen2_config
+    from megatron_patch.checkpoint.hf_files import read_config
+    from megatron_patch.checkpoint.hf_mapping import ModelShape, check_layout
+    from megatron_patch.model.qwen2 import megatron_model_arguments, read_qwen2_config
 
     if known.hf_path is None:
         raise ValueError("--hf-path is required: the Hugging Face folder that gives the model's shape and initial weights")
     tp = known.tensor_model_parallel_size
     config = read_qwen2_config(known.hf_path)
-    check_tensor_parallel(config, tp)
+    check_layout(ModelShape.from_hf(read_config(known.hf_path)), tp)
     shape = megatron_model_arguments(config, tp)
     shape["layernorm_epsilon"] = shape.pop("norm_epsilon")
     seq_length = known.seq_length or 4096
@@ -182,13 +184,16 @@ def requested_device(argv: Sequence[str]) -> str:
     return parser.parse_known_args(list(argv))[0].device
 
 
+_LOSS_FLAGS = ("beta", "gamma", "r1", "r2", "label_smoothing", "anchor", "anchor_weight", "anchor_slack")
+
+
 def given_loss_options(args: argparse.Namespace) -> LossOptions:
     """LossOptions from the flags the user gave, the loss's defaults for the rest.
 
     Raises:
         ValueError: unknown loss, an option that the loss does not use, contradicting spellings of one option.
     """
-    given = {name: getattr(args, name) for name in ("beta", "gamma", "r1", "r2", "label_smoothing", "anchor", "anchor_weight", "anchor_slack")}
+    given = {name: getattr(args, name) for name in _LOSS_FLAGS}
     given["length_normalised"] = args.is_average
     if args.add_sft_loss is not None:
         meant = "hinge" if args.add_sft_loss else "none"

@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -16,12 +16,19 @@ class AgreedError(ValueError):
     """A user's error that every rank raises at the same place: rank 0 speaks for all."""
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Megatron's and our flags, validated. Upstream's complaints about flags become ValueError like our own."""
+def parse_arguments(add: Callable[[argparse.ArgumentParser], None] = lambda parser: None) -> argparse.Namespace:
+    """Megatron's and our flags, validated. Upstream's complaints about flags become ValueError like our own.
+
+    ``add`` may put an entry's own flags and defaults on the parser.
+    """
     from megatron.training.arguments import parse_and_validate_args
 
+    def provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        add(parser)
+        return add_arguments(parser)
+
     try:
-        return parse_and_validate_args(extra_args_provider=add_arguments)
+        return parse_and_validate_args(extra_args_provider=provider)
     except AssertionError as error:
         reason = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
         raise ValueError(f"megatron-core refuses these flags: {reason}") from error

@@ -59,10 +59,11 @@ def useful_flops(model: Qwen2Config, lengths: np.ndarray, scored: int) -> float:
     Args:
         lengths: tokens of each sequence. scored: response tokens, those the output layer must see.
     """
-    attention = model.hidden * model.head_dim * (2 * model.heads + 2 * model.kv_groups)
-    body = model.layers * (attention + 3 * model.hidden * model.ffn)
+    projections = model.hidden * model.head_dim * (2 * model.heads + 2 * model.kv_groups)
+    body = model.layers * (projections + 3 * model.hidden * model.ffn)
     squares = float(np.square(lengths, dtype=np.float64).sum())
-    return 6.0 * body * lengths.sum() + 6.0 * model.layers * model.heads * model.head_dim * squares + 6.0 * model.hidden * model.vocab * scored
+    attention_scores = model.layers * model.heads * model.head_dim * squares
+    return 6.0 * (body * float(lengths.sum()) + attention_scores + model.hidden * model.vocab * scored)
 
 
 def _schedule(upstream: Callable, state: LoopState) -> Callable:

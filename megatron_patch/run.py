@@ -55,6 +55,13 @@ def check_arguments(args: argparse.Namespace) -> None:
         given_loss_options(args)
 
 
+def announce(args: argparse.Namespace, mode: str, device: str) -> None:
+    """The first line of every run: where and how it computes."""
+    if args.rank == 0:
+        layout = f"TP {args.tensor_model_parallel_size} x PP {args.pipeline_model_parallel_size} x DP {args.data_parallel_size}"
+        loop_hooks.print_line(f"[{mode}] device: {device}, {args.world_size} processes, {layout}, {precision(args)}")
+
+
 def precision(args: argparse.Namespace) -> torch.dtype:
     """What the model computes in."""
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
@@ -97,7 +104,7 @@ def sample_set(args: argparse.Namespace, words: list[str], with_reference: bool)
 
 
 def stream(args: argparse.Namespace, samples: SampleSet, order: PairOrder, batch: int, vocab_size: int) -> MicroBatchStream:
-    """The micro-batches of this data-parallel rank."""
+    """The micro-batches of this data-parallel rank, G = ``batch`` pairs a step."""
     virtual = args.virtual_pipeline_model_parallel_size is not None
     plan = BatchPlan(
         order,
@@ -129,8 +136,7 @@ class TrainingRun:
     """
 
     def __init__(self, args: argparse.Namespace, device: str) -> None:
-        if args.rank == 0:
-            loop_hooks.print_line(f"[{args.train_mode}] device: {device}, {args.world_size} processes, {precision(args)}")
+        announce(args, args.train_mode, device)
         check_arguments(args)
         self.args, self.model = args, read_qwen2_config(args.hf_path)
         self.chunks: list[Any] = []
@@ -193,7 +199,7 @@ class TrainingRun:
     def export(self) -> None:
         """Write ``--save-hf`` from the trained chunks; collective."""
         if self.args.save_hf:
-            save_hf_weights(self.chunks, self.args.save_hf, self.args.hf_path)
+            save_hf_weights(self.chunks, self.args.save_hf, self.args.hf_path, dtype=precision(self.args))
             if self.args.rank == 0:
                 loop_hooks.print_line(f"[{self.args.train_mode}] Hugging Face checkpoint: {self.args.save_hf}")
 

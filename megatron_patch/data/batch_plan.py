@@ -6,7 +6,7 @@ changes which pairs a step sees. Every rank computes the same plan and takes its
 """
 
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import numpy as np
 
@@ -121,14 +121,17 @@ class BatchPlan:
 
     def __init__(self, order: PairOrder, tokens: np.ndarray, *, batch: int, ranks: int, max_tokens: int, multiple_of: int = 1) -> None:
         self.order, self.tokens, self.batch = order, tokens, batch
-        self._split = partial(split_by_cost, ranks=ranks, max_tokens=max_tokens, multiple_of=multiple_of)
+        self._limits = {"ranks": ranks, "max_tokens": max_tokens, "multiple_of": multiple_of}
         self.step = lru_cache(maxsize=4)(self._make_step)
 
     def pairs(self, consumed: int) -> np.ndarray:
         """int64 [G]: the pairs of the step that starts after ``consumed`` pairs, in order."""
         return self.order.positions(consumed, consumed + self.batch)
 
+    def split(self, pairs: np.ndarray) -> list[list[np.ndarray]]:
+        """``[M][D]`` micro-batches of any pairs."""
+        return split_by_cost(pairs, self.tokens[pairs], **self._limits)
+
     def _make_step(self, consumed: int) -> list[list[np.ndarray]]:
-        """``step(consumed)``: the same pairs as ``[M][D]`` micro-batches."""
-        pairs = self.pairs(consumed)
-        return self._split(pairs, self.tokens[pairs])
+        """``step(consumed)``: the pairs of a step as ``[M][D]`` micro-batches."""
+        return self.split(self.pairs(consumed))

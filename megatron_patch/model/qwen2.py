@@ -87,20 +87,6 @@ def _from_fields(raw: dict[str, Any]) -> Qwen2Config:
     )
 
 
-def check_tensor_parallel(config: Qwen2Config, tp: int) -> None:
-    """Raise ValueError when ``tp`` ranks cannot share this model's heads or hidden units; names layouts that can."""
-    def works(n: int) -> bool:
-        groups_fit = config.kv_groups % n == 0 or n % config.kv_groups == 0
-        return config.heads % n == 0 and config.ffn % n == 0 and groups_fit
-
-    if not works(tp):
-        choices = [n for n in (1, 2, 4, 8, 16) if works(n)]
-        raise ValueError(
-            f"--tensor-model-parallel-size {tp} does not divide {config.heads} attention heads, {config.kv_groups} key/value "
-            f"groups and {config.ffn} hidden units of this model; {choices} do"
-        )
-
-
 def megatron_model_arguments(config: Qwen2Config, tp: int) -> dict[str, Any]:
     """Megatron's argument names (megatron/training/arguments.py) for this model, given the tensor-parallel size."""
     return {

@@ -26,7 +26,10 @@ def pair_logps(batch: PackedBatch, response_logps: Tensor) -> PairLogps:
 def preference_objective(
     batch: PackedBatch, response_logps: Tensor, options: LossOptions
 ) -> tuple[Tensor, tuple[Tensor, Tensor, dict[str, Tensor]]]:
-    """Losses [P], and what Megatron takes: (their sum, int number of pairs, metrics as [sum, count]); it divides by the global count once."""
+    """Losses [P], and what Megatron takes: (their sum, int number of pairs, metrics as [sum, count]).
+
+    Megatron divides by the global count, once, so the loss is the mean over the global batch whatever the split.
+    """
     logps = pair_logps(batch, response_logps)
     losses = preference_loss(logps, options)
     count = torch.tensor(batch.samples, dtype=torch.int, device=losses.device)
