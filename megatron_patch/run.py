@@ -25,6 +25,7 @@ from megatron_patch.checkpoint.hf_files import weights_fingerprint
 from megatron_patch.checkpoint.hf_io import load_hf_weights, save_hf_weights
 from megatron_patch.data.batch_plan import BatchPlan, PairOrder
 from megatron_patch.data.pair_dataset import MicroBatchStream, SampleSet, parse_weighted_prefixes
+from megatron_patch.evaluation import parity
 from megatron_patch.forward_step import ForwardStep, make_objective
 from megatron_patch.model.layer_specs import qwen2_block_spec
 from megatron_patch.model.qwen2 import read_qwen2_config
@@ -163,6 +164,17 @@ class TrainingRun:
         config.transformer.finalize_model_grads_func = self.checks.wrap(finalize_model_grads)
         return config
 
+    def _check_parity(self) -> None:
+        """Rank 0 compares the stored reference of two pairs with transformers."""
+        reference = self.train.first_references(2)
+        if not self.args.parity_check or self.args.rank != 0 or self.args.iteration or reference is None:
+            return
+        if not parity.fits_in_memory(self.args.hf_path):
+            self.hooks.console(f"[{self.args.train_mode}] parity check skipped: {self.args.hf_path} is too large for one process")
+            return
+        difference = parity.check_parity(self.args.hf_path, *reference)
+        self.hooks.console(f"[{self.args.train_mode}] parity with transformers: {difference:.2g} nats per token on two pairs")
+
     def _is_first_step(self) -> bool:
         return self.args.consumed_train_samples == 0 and not self._evaluating
 
@@ -210,6 +222,8 @@ class TrainingRun:
         train = stream(args, self.train, order, args.global_batch_size, self.model.vocab)
         valid = full_pass(args, self.valid, self.model.vocab) if self.valid is not None else None
         self.hooks.train, self.hooks.valid = train, valid
+        if not vp_stage:
+            self._check_parity()
         if self.save is not None and torch.distributed.get_rank() == torch.distributed.get_world_size() - 1 and not vp_stage:
             self.save.mkdir(parents=True, exist_ok=True)
             loop_hooks.rewind_metrics(self.save, args.iteration)
