@@ -25,6 +25,7 @@ from megatron_patch.checkpoint.hf_files import weights_fingerprint
 from megatron_patch.checkpoint.hf_io import load_hf_weights, save_hf_weights
 from megatron_patch.data.batch_plan import BatchPlan, PairOrder
 from megatron_patch.data.pair_dataset import MicroBatchStream, SampleSet, parse_weighted_prefixes
+from megatron_patch.data.tokenizer_identity import folder_tokenizer_fingerprint
 from megatron_patch.evaluation import parity
 from megatron_patch.forward_step import ForwardStep, make_objective
 from megatron_patch.model.layer_specs import qwen2_block_spec
@@ -42,6 +43,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     Raises:
         ValueError: one line that names the flag or the file.
     """
+    if not args.pair_data:
+        raise ValueError("--pair-data is required: the stores to work on")
     if args.context_parallel_size > 1:
         raise ValueError("--context-parallel-size > 1 is not supported by the torch layer spec yet")
     if args.iterations_to_skip:
@@ -94,7 +97,8 @@ def sample_set(args: argparse.Namespace, words: list[str], with_reference: bool)
     prefixes, weights = parse_weighted_prefixes(words)
     fingerprint = None if args.allow_reference_mismatch or not with_reference else weights_fingerprint(args.hf_path)
     kind = STORE_KINDS[args.train_mode]
-    samples = SampleSet(prefixes, kind, with_reference=with_reference, weights_fingerprint=fingerprint)
+    tokenizer = folder_tokenizer_fingerprint(args.hf_path)
+    samples = SampleSet(prefixes, kind, with_reference=with_reference, weights_fingerprint=fingerprint, tokenizer=tokenizer)
     worst = int(samples.tokens.argmax())
     if samples.tokens[worst] > args.max_tokens_per_micro_batch:
         raise ValueError(
