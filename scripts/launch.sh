@@ -17,8 +17,8 @@ NNODES=${SLURM_NNODES:-1}
 NPROC_PER_NODE=${NPROC_PER_NODE:-$((GPUS > 0 ? GPUS : 1))}
 PRECISION=${PRECISION:-$([ "$GPUS" -gt 0 ] && echo bf16 || echo fp32)}
 
-# Lines for the terminal: ours only, repeated errors of several ranks once.
-show() { grep --line-buffered '^\[[a-z]*\] ' | awk '!/^\[error\]/ || !seen[$0]++ { print; fflush() }' || true; }
+# Lines for the terminal: ours only, steps as one progress bar.
+show() { "$PYTHON" "$ROOT/scripts/terminal.py"; }
 
 # One line a user's error before anything is started. WORLD_SIZE is what the job will have; nothing talks to anybody yet.
 check() {
