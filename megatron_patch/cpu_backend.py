@@ -203,7 +203,7 @@ def install() -> None:
     """Redirect CUDA requests of this process to the CPU, for good. Idempotent.
 
     Raises:
-        RuntimeError: a GPU is present and torch sees it; redirecting it would be a mistake.
+        RuntimeError: this process has used a GPU already, so some of its tensors live there.
     """
     if _installed:
         return
