@@ -7,6 +7,7 @@ overridden on the command line. A preset is a file of flags, read as ``@examples
 
 import argparse
 import glob
+import math
 import os
 import shlex
 import sys
@@ -112,8 +113,27 @@ def _defaults(known: argparse.Namespace) -> dict[str, Any]:
     shape["layernorm_epsilon"] = shape.pop("norm_epsilon")
     seq_length = known.seq_length or 4096
     shape["max_position_embeddings"] = max(shape["max_position_embeddings"], seq_length)
-    paths = {"tensorboard_dir": os.path.join(known.save, "tensorboard")} if known.save else {}
-    return {**_RUN_DEFAULTS, **shape, **paths, "seq_length": seq_length, **_device_defaults(choose_device(known.device))}
+    derived: dict[str, Any] = {"seq_length": seq_length}
+    if known.save:
+        derived["tensorboard_dir"] = os.path.join(known.save, "tensorboard")
+    if known.valid_pair_data:
+        derived |= {"eval_iters": 1, "eval_interval": 100}
+    if known.epochs is not None:
+        derived["train_iters"] = _iterations(known)
+    return {**_RUN_DEFAULTS, **shape, **derived, **_device_defaults(choose_device(known.device))}
+
+
+def _iterations(known: argparse.Namespace) -> int:
+    """``--epochs`` in steps of ``--global-batch-size`` pairs, rounded up."""
+    from megatron_patch.data.pair_dataset import parse_weighted_prefixes
+    from megatron_patch.data.pair_store import PairStore
+
+    if known.train_iters is not None:
+        raise ValueError(f"--epochs {known.epochs:g} and --train-iters {known.train_iters} contradict each other; give one")
+    if not known.pair_data or not known.global_batch_size or known.epochs <= 0:
+        raise ValueError(f"--epochs {known.epochs:g}: needs to be > 0, with --pair-data and --global-batch-size")
+    pairs = sum(len(PairStore(prefix)) for prefix in parse_weighted_prefixes(known.pair_data)[0])
+    return math.ceil(known.epochs * pairs / known.global_batch_size)
 
 
 # Everything here can be overridden. Reasons: what packing needs, what upstream gets wrong without (see docs/design-notes.md).

@@ -25,6 +25,8 @@ from megatron_patch.checkpoint.hf_files import weights_fingerprint
 from megatron_patch.checkpoint.hf_io import load_hf_weights, save_hf_weights
 from megatron_patch.data.batch_plan import BatchPlan, PairOrder
 from megatron_patch.data.pair_dataset import MicroBatchStream, SampleSet, parse_weighted_prefixes
+from megatron_patch.data.tokenizer_identity import folder_tokenizer_fingerprint
+from megatron_patch.evaluation import parity
 from megatron_patch.forward_step import ForwardStep, make_objective
 from megatron_patch.model.layer_specs import qwen2_block_spec
 from megatron_patch.model.qwen2 import read_qwen2_config
@@ -41,6 +43,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     Raises:
         ValueError: one line that names the flag or the file.
     """
+    if not args.pair_data:
+        raise ValueError("--pair-data is required: the stores to work on")
     if args.context_parallel_size > 1:
         raise ValueError("--context-parallel-size > 1 is not supported by the torch layer spec yet")
     if args.iterations_to_skip:
@@ -93,7 +97,8 @@ def sample_set(args: argparse.Namespace, words: list[str], with_reference: bool)
     prefixes, weights = parse_weighted_prefixes(words)
     fingerprint = None if args.allow_reference_mismatch or not with_reference else weights_fingerprint(args.hf_path)
     kind = STORE_KINDS[args.train_mode]
-    samples = SampleSet(prefixes, kind, with_reference=with_reference, weights_fingerprint=fingerprint)
+    tokenizer = folder_tokenizer_fingerprint(args.hf_path)
+    samples = SampleSet(prefixes, kind, with_reference=with_reference, weights_fingerprint=fingerprint, tokenizer=tokenizer)
     worst = int(samples.tokens.argmax())
     if samples.tokens[worst] > args.max_tokens_per_micro_batch:
         raise ValueError(
@@ -163,6 +168,17 @@ class TrainingRun:
         config.transformer.finalize_model_grads_func = self.checks.wrap(finalize_model_grads)
         return config
 
+    def _check_parity(self) -> None:
+        """Rank 0 compares the stored reference of two pairs with transformers."""
+        reference = self.train.first_references(2)
+        if not self.args.parity_check or self.args.rank != 0 or self.args.iteration or reference is None:
+            return
+        if not parity.fits_in_memory(self.args.hf_path):
+            self.hooks.console(f"[{self.args.train_mode}] parity check skipped: {self.args.hf_path} is too large for one process")
+            return
+        difference = parity.check_parity(self.args.hf_path, *reference)
+        self.hooks.console(f"[{self.args.train_mode}] parity with transformers: {difference:.2g} nats per token on two pairs")
+
     def _is_first_step(self) -> bool:
         return self.args.consumed_train_samples == 0 and not self._evaluating
 
@@ -210,6 +226,8 @@ class TrainingRun:
         train = stream(args, self.train, order, args.global_batch_size, self.model.vocab)
         valid = full_pass(args, self.valid, self.model.vocab) if self.valid is not None else None
         self.hooks.train, self.hooks.valid = train, valid
+        if not vp_stage:
+            self._check_parity()
         if self.save is not None and torch.distributed.get_rank() == torch.distributed.get_world_size() - 1 and not vp_stage:
             self.save.mkdir(parents=True, exist_ok=True)
             loop_hooks.rewind_metrics(self.save, args.iteration)

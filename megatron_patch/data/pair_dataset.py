@@ -11,7 +11,7 @@ import numpy as np
 
 from megatron_patch.data.batch_plan import BatchPlan
 from megatron_patch.data.packed_batch import PackedBatch, Sample, pack
-from megatron_patch.data.pair_store import PairStore, read_reference_logps
+from megatron_patch.data.pair_store import PairStore, read_reference_logps, reference_record
 
 RESPONSES_PER_SAMPLE = {"pairs": 2, "sft": 1, "text": 1}
 
@@ -107,6 +107,14 @@ class SampleSet:
             reference=None if self._reference is None else self._reference[which][document],
             name=self.name(which, document),
         )
+
+    def first_references(self, count: int) -> tuple[list[tuple[np.ndarray, ...]], np.ndarray, str] | None:
+        """The first pairs of the first store, their reference log-probs [count, 2] and the dtype these were computed in."""
+        if self._reference is None:
+            return None
+        count = min(count, self.sizes[0])
+        dtype = reference_record(self.stores[0])["dtype"]
+        return [self.stores[0][i] for i in range(count)], self._reference[0][:count], dtype
 
     def name(self, store: int, document: int) -> str:
         """What errors call a sample: its id and the store it is in."""

@@ -367,16 +367,22 @@ def write_reference_logps(
     write_json(commit_marker, record | {"extra": extra or {}, "file": _describe(values)})
 
 
+def reference_record(store: PairStore) -> dict[str, Any]:
+    """Whose the reference log-probs beside a store are: fingerprints of store and weights, dtype, extra; ValueError if there are none."""
+    path = _file(store.prefix, ".ref.json")
+    record = read_json(path, "the reference log-probs' record")
+    if record.get("format_version") != FORMAT_VERSION:
+        raise ValueError(f"{path}: format version {record.get('format_version')!r}, this program reads {FORMAT_VERSION}")
+    return record
+
+
 def read_reference_logps(store: PairStore, *, weights_fingerprint: str | None) -> np.ndarray:
     """Reference log-probs of `store`, float64 [pairs, 2], sums in nats.
 
     Raises ValueError if they are missing, damaged, belong to another store or (unless None) to other weights, or hold a value that is
     no log-probability.
     """
-    path = _file(store.prefix, ".ref.json")
-    record = read_json(path, "the reference log-probs' record")
-    if record.get("format_version") != FORMAT_VERSION:
-        raise ValueError(f"{path}: format version {record.get('format_version')!r}, this program reads {FORMAT_VERSION}")
+    path, record = _file(store.prefix, ".ref.json"), reference_record(store)
     expected = {"store": store.fingerprint} | ({} if weights_fingerprint is None else {"weights": weights_fingerprint})
     for what, fingerprint in expected.items():
         if record.get(what) != fingerprint:

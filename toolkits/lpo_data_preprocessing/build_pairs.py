@@ -19,7 +19,7 @@ from toolkits.lpo_data_preprocessing.records import (
     StageParser,
     Tally,
     check_messages,
-    closing_lines,
+    close_stage,
     content_hash,
     get_field,
     progress,
@@ -154,7 +154,7 @@ def _run(args: argparse.Namespace) -> str:
             limits={"max_length": args.max_length},
         )
     notes = {"prompts cut from the left": builder.truncated_prompts, "responses off the template": builder.template_exceptions}
-    return closing_lines(tally, args.output) + "".join(f"\n  note      {name}: {count}" for name, count in notes.items() if count)
+    return close_stage(tally, args.output) + "".join(f"\n  note      {name}: {count}" for name, count in notes.items() if count)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

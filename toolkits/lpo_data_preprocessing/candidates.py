@@ -23,7 +23,7 @@ from toolkits.lpo_data_preprocessing.records import (
     StageParser,
     Tally,
     check_messages,
-    closing_lines,
+    close_stage,
     get_field,
     jsonl_writer,
     progress,
@@ -198,7 +198,7 @@ def _run(args: argparse.Namespace) -> str:
     shutil.rmtree(blocks.folder)
     share = cut / max(1, tally.kept * args.n)
     samples = f"  samples   {tally.kept * args.n}, {share:.1%} cut at the limit"
-    return f"{closing_lines(tally, args.output)}\n{samples}\n  blocks    {found} found, {len(missing)} made"
+    return f"{close_stage(tally, args.output)}\n{samples}\n  blocks    {found} found, {len(missing)} made"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,7 +18,7 @@ from toolkits.lpo_data_preprocessing.records import (
     StageParser,
     Tally,
     check_messages,
-    closing_lines,
+    close_stage,
     content_hash,
     get_field,
     jsonl_writer,
@@ -154,7 +154,7 @@ def _run(args: argparse.Namespace) -> str:
                     write(record)
             shapes.append(f"{path}: {format_.name if format_ else 'empty file'}")
         tally.check(args.max_drop_fraction)
-    return closing_lines(tally, args.output) + "".join(f"\n  format    {shape}" for shape in shapes)
+    return close_stage(tally, args.output) + "".join(f"\n  format    {shape}" for shape in shapes)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from tqdm import tqdm
 
-from megatron_patch.data.atomic_files import atomic_path
+from megatron_patch.data.atomic_files import atomic_path, write_json
 
 Record = dict[str, Any]
 Message = dict[str, str]
@@ -156,8 +156,10 @@ def run_stage(parser: StageParser, run: Callable[[argparse.Namespace], str], arg
     return 0
 
 
-def closing_lines(tally: Tally, output: str | Path) -> str:
-    """The summary line and the table under it."""
+def close_stage(tally: Tally, output: str | Path) -> str:
+    """Write the counts to ``<output>.tally.json`` and return them for the terminal: a summary line and the table under it."""
+    counts = {"read": tally.read, "kept": tally.kept, "dropped": dict(tally.dropped), "left_out": dict(tally.left_out)}
+    write_json(Path(f"{output}.tally.json"), {"unit": tally.unit, **counts})
     lost, left_out = sum(tally.dropped.values()), sum(tally.left_out.values())
     summary = f"{tally.read} {tally.unit} read, {tally.kept} kept, {lost} dropped, {left_out} left out -> {output}"
     return f"{summary}\n{tally.table()}".strip()

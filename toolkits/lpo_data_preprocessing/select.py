@@ -19,7 +19,7 @@ from toolkits.lpo_data_preprocessing.records import (
     StageParser,
     Tally,
     check_messages,
-    closing_lines,
+    close_stage,
     content_hash,
     get_field,
     jsonl_writer,
@@ -121,7 +121,7 @@ def _run(args: argparse.Namespace) -> str:
         tally.check(args.max_drop_fraction)
         if empty := [output for output in outputs if not pairs[output]]:
             raise ValueError(f"{empty[0]}: no pair on this side of the split (--valid-fraction {args.valid_fraction:g})")
-    return closing_lines(tally, args.output) + "".join(f"\n  pairs     {output}: {count}" for output, count in pairs.items())
+    return close_stage(tally, args.output) + "".join(f"\n  pairs     {output}: {count}" for output, count in pairs.items())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_patch.data.tokenizer_identity import tokenizer_fingerprint
 from toolkits.lpo_data_preprocessing.records import Message
 
 END_OF_TEXT = "<|endoftext|>"
@@ -53,9 +54,7 @@ class ChatTokenizer:
     @property
     def fingerprint(self) -> str:
         """Hex sha256 of everything that turns text into ids: vocabulary, merges, added tokens, normaliser, pre-tokeniser. Not the path."""
-        state = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        parts = {name: state.get(name) for name in ("model", "added_tokens", "normalizer", "pre_tokenizer")}
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        return tokenizer_fingerprint(self.tokenizer)
 
     @property
     def template_fingerprint(self) -> str:

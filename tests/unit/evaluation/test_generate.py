@@ -56,6 +56,14 @@ def test_finished_rows_leave_the_batch(model):
     assert sizes[0] == 5 and sizes[-1] < 5
 
 
+def test_positions_start_at_the_first_real_token(model):
+    fed = []
+    handle = model.register_forward_pre_hook(lambda _m, _a, options: fed.append(options["position_ids"].tolist()), with_kwargs=True)
+    generate(model, [[1, 2, 3], [4]], max_new_tokens=3, stop_ids=())
+    handle.remove()
+    assert fed == [[[0, 1, 2], [0, 0, 0]], [[3], [1]], [[4], [2]]]
+
+
 def test_max_new_tokens_counts_the_stop_token(model):
     free = alone(model, PROMPTS[0], (), 4)
     assert generate(model, PROMPTS[:1], max_new_tokens=4, stop_ids=[free.ids[3]])[0].ids == free.ids[: free.ids.index(free.ids[3])]

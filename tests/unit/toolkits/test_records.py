@@ -13,7 +13,7 @@ from toolkits.lpo_data_preprocessing.records import (
     StageParser,
     Tally,
     check_messages,
-    closing_lines,
+    close_stage,
     content_hash,
     jsonl_writer,
     progress,
@@ -74,7 +74,7 @@ def test_tally():
         tally.check(0.39)
     with pytest.raises(ValueError, match=r"no records left \(empty input\)"):
         Tally().check(1.0)
-    lines = closing_lines(tally, "out").splitlines()
+    lines = close_stage(tally, "out").splitlines()
     assert lines[0] == "10 records read, 5 kept, 4 dropped, 100 left out -> out"
     assert [line.split() for line in lines[1:]] == [["dropped", "long", "4"], ["left", "out", "same", "100"]]
 

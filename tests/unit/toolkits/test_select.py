@@ -33,6 +33,11 @@ def test_limit_and_answers_given_before():
     assert tally.left_out == {"duplicate_candidate": 1, "over_max_pairs_per_prompt": 1}
 
 
+def test_equal_means_the_whole_text():
+    result = select_lppc(record(0, chosen="#### 15", candidates=sampled("#### 1", "5", "#### 15 ", "#### 155")), "f:1", None, Tally())
+    assert result is not None and result["rejected"] == ["#### 1", "5", "#### 155"]
+
+
 def test_nothing_left():
     assert select_lppc(record(0, chosen="good", candidates=sampled("good", "good ")), "f:1", None, Tally()) is None
 

@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Fine-tune or preference-optimise a Qwen2.5-class model, on one machine or on a cluster, on GPUs or on the CPU.
+#   sbatch -N 4 examples/qwen2_5/run_mcore_qwen_xpo.sh --hf-path DIR --pair-data PREFIX --epochs 1
+#   bash examples/qwen2_5/run_mcore_qwen_xpo.sh --hf-path DIR --pair-data PREFIX --train-iters 100
+# Every argument is a flag of train_qwen.py (ours: --help, losses: --help-losses, and all of Megatron's); later flags win over the
+# preset. Choices by environment:
+#   PRESET  general | math | tts | asr | dpo | sft, or a file of flags     OUTPUT  folder for checkpoints, logs and the exported model
+#   TP, PP  tensor- and pipeline-parallel sizes                            NPROC_PER_NODE, PRECISION: see scripts/launch.sh
+#SBATCH --job-name=xpo
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --signal=USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+set -euo pipefail
+
+# SLURM runs a copy of this file from its spool, so the repository is looked for from the submit folder upwards as well.
+for ROOT in "$(dirname "${BASH_SOURCE[0]}")/../.." "${SLURM_SUBMIT_DIR:-.}" "${SLURM_SUBMIT_DIR:-.}/.." "${SLURM_SUBMIT_DIR:-.}/../.."; do
+  [ -f "$ROOT/scripts/launch.sh" ] && break
+done
+ROOT=$(cd "$ROOT" && pwd)
+# shellcheck source-path=SCRIPTDIR source=../../scripts/launch.sh
+source "$ROOT/scripts/launch.sh"
+
+PRESET=${PRESET:-math}
+OUTPUT=${OUTPUT:-$ROOT/outputs/$PRESET}
+TP=${TP:-1}
+PP=${PP:-1}
+[ -f "$PRESET" ] || PRESET=$ROOT/examples/qwen2_5/presets/$PRESET.args
+
+flags=(--tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" --save "$OUTPUT" --save-hf "$OUTPUT/hf")
+[ "$TP" -gt 1 ] && flags+=(--sequence-parallel)
+[ "$GPUS" -gt 0 ] && flags+=(--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather)
+[ -f "$OUTPUT/latest_checkpointed_iteration.txt" ] && flags+=(--load "$OUTPUT") # a requeued or repeated job goes on
+
+launch train "$OUTPUT" examples/qwen2_5/train_qwen.py "@$PRESET" "${flags[@]}" "$@"

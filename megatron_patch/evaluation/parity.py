@@ -1,0 +1,62 @@
+"""The independent judge of log-probs: transformers, from the checkpoint's own files, without any code of the training path.
+
+The Megatron path is compared with it through the stored reference log-probs; the step-0 gate then compares the policy with the
+reference. So an error that both Megatron passes share, such as a shifted mask, cannot hide.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+# Nats per token, by the dtype the reference was computed in (transformers computes in float32).
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-2}
+
+
+def checkpoint_bytes(hf_path: str | Path) -> int:
+    """Size of a checkpoint's safetensors files, in bytes."""
+    return sum(file.stat().st_size for file in Path(hf_path).glob("*.safetensors"))
+
+
+def fits_in_memory(hf_path: str | Path) -> bool:
+    """True when a float32 copy of the checkpoint takes at most a quarter of this machine's memory."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return 2 * checkpoint_bytes(hf_path) <= memory // 4
+
+
+def transformers_logps(hf_path: str | Path, pairs: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> np.ndarray:
+    """float64 [pairs, 2] sums in nats of the chosen and the rejected response, float32 on the CPU.
+
+    Args:
+        pairs: (prompt, chosen, rejected) token ids.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(hf_path, dtype=torch.float32, local_files_only=True).eval()
+    sums = np.zeros((len(pairs), 2))
+    for row, (prompt, *responses) in enumerate(pairs):
+        for column, response in enumerate(responses):
+            ids = torch.tensor([[*prompt.tolist(), *response.tolist()]])
+            with torch.no_grad():
+                logps = model(input_ids=ids).logits[0].double().log_softmax(-1)
+            for offset, token in enumerate(response.tolist()):
+                sums[row, column] += float(logps[len(prompt) + offset - 1, token])
+    return sums
+
+
+def check_parity(hf_path: str | Path, pairs: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], stored: np.ndarray, dtype: str) -> float:
+    """Largest difference per token (nats) between transformers and the ``stored`` reference log-probs [pairs, 2].
+
+    Raises:
+        ValueError: it exceeds the tolerance of ``dtype``.
+    """
+    lengths = np.array([[len(chosen), len(rejected)] for _, chosen, rejected in pairs])
+    difference = float(np.abs((transformers_logps(hf_path, pairs) - stored) / lengths).max())
+    if not difference <= TOLERANCE[dtype]:
+        raise ValueError(
+            f"parity check: reference log-probs differ from transformers' by {difference:.3g} nats per token (allowed "
+            f"{TOLERANCE[dtype]:g} in {dtype}); recompute them, or say --no-parity-check"
+        )
+    return difference
