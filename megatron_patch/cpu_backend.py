@@ -41,11 +41,24 @@ class _CpuForCuda(TorchFunctionMode):
             return func(*args).replace("torch.", "torch.cuda.", 1)
         if func is torch.Tensor.cuda:
             return args[0]
+        if func in (torch.Tensor.backward, torch.autograd.backward) and kwargs.get("inputs") is None:
+            return self._backward(args[0], **kwargs)
         if _is_cuda(kwargs.get("device")):
             kwargs = {**kwargs, "device": _CPU}
         if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]) and not isinstance(args[1], bool):
             args = (args[0], _CPU, *args[2:])
         return func(*args, **kwargs)
+
+    def _backward(self, tensors: Any, gradient: Any = None, grad_tensors: Any = None, **rest: Any) -> None:
+        """Backward with this mode on: torch switches it off while it is asked, yet megatron's backward methods ask for CUDA too.
+
+        core/tensor_parallel/random.py:656 (recomputation) comes this way. Torch asks no mode when it is given edges instead of tensors.
+        """
+        outputs = [tensors] if isinstance(tensors, torch.Tensor) else tensors
+        with self:
+            torch.autograd.backward(
+                [torch.autograd.graph.get_gradient_edge(t) for t in outputs], gradient if grad_tensors is None else grad_tensors, **rest
+            )
 
 
 class _Stream:

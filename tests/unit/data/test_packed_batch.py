@@ -1,5 +1,7 @@
 """Packing against a loop that knows nothing of shifts, masks or numpy: one sequence at a time, one token at a time."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -49,7 +51,7 @@ def test_pack_is_the_naive_loop(seed):
     batch = packed(pairs)
     assert batch.tokens.tolist() == [row] and batch.tokens.dtype == torch.int64
     assert batch.cu_seqlens.tolist() == starts and batch.cu_seqlens.dtype == torch.int32
-    assert type(batch.max_seqlen) is int and batch.max_seqlen == max(b - a for a, b in zip(starts, starts[1:], strict=False))
+    assert type(batch.max_seqlen) is int and batch.max_seqlen == max(b - a for a, b in pairwise(starts))
     scored = batch.scored
     assert list(zip(scored.positions.tolist(), scored.targets.tolist(), scored.response.tolist(), strict=True)) == predictions
     assert scored.responses == 2 * len(pairs)

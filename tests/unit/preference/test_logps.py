@@ -42,8 +42,8 @@ def naive_sum(model, prompt, response):
 def test_packed_sums_are_the_naive_ones(model, seed):
     pairs = random_pairs(seed, 5)
     tokens = torch.tensor([t for prompt, response in pairs for t in prompt + response] + [0, 0, 0])
-    response_of_token = torch.tensor([r for i, (prompt, response) in enumerate(pairs) for r in [-1] * len(prompt) + [i] * len(response)] + [-1] * 3)
-    scored = scored_targets(tokens, response_of_token, len(pairs))
+    owners = [owner for i, (prompt, response) in enumerate(pairs) for owner in [-1] * len(prompt) + [i] * len(response)]
+    scored = scored_targets(tokens, torch.tensor([*owners, -1, -1, -1]), len(pairs))
     with torch.no_grad():
         logits = torch.cat([model(torch.tensor([prompt + response])).logits[0] for prompt, response in pairs])
         token_logps = torch.log_softmax(logits, -1)[scored.positions, scored.targets]
@@ -63,7 +63,8 @@ def test_every_response_token_and_no_other_is_a_target():
 
 
 def scored_rows(response, responses):
-    return ScoredTargets(torch.zeros(len(response), dtype=torch.long), torch.zeros(len(response), dtype=torch.long), torch.tensor(response, dtype=torch.long), responses)
+    rows = torch.tensor(response, dtype=torch.long)
+    return ScoredTargets(torch.zeros_like(rows), torch.zeros_like(rows), rows, responses)
 
 
 def test_sum_gradient_goes_to_its_own_response_only():
@@ -77,7 +78,7 @@ def test_sum_gradient_goes_to_its_own_response_only():
 
 
 def test_sums_are_taken_in_float64():
-    # 4,096 tokens of -0.1: float32 accumulation is wrong in the fourth digit after the point, which is larger than a log-ratio's error may be.
+    # A sum of 4,096 float32 terms kept in float32 is wrong after the fourth digit, which is more than a log-ratio can stand.
     token_logps = torch.full((4096,), -0.1)
     total = sum_by_response(token_logps, scored_rows([0] * 4096, 1))
     assert total.item() == pytest.approx(4096 * float(token_logps[0].double()), rel=1e-14)
