@@ -1,4 +1,4 @@
-"""Step checks in two gloo processes: `python step_checks_worker.py RESULTS` writes what each rank saw in each scenario (test_step_checks.py).
+"""Step checks in two gloo processes: `python step_checks_worker.py RESULTS` writes what each rank saw (see test_step_checks.py).
 
 A scenario is, per rank, a list of micro-batches; a micro-batch is a list of pairs (name, log-ratio per token chosen, rejected, loss).
 """
