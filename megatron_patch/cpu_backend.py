@@ -69,11 +69,7 @@ class _Stream:
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
-    def synchronize(self) -> None: ...
-
-    def wait_stream(self, _: Any) -> None: ...
-
-    def wait_event(self, _: Any) -> None: ...
+    synchronize = wait_stream = wait_event = staticmethod(lambda *_: None)
 
     def record_event(self, event: Any = None) -> Any:
         """Return ``event`` or a new one, recorded now."""
@@ -96,9 +92,7 @@ class _Event:
         """Remember the present time."""
         self.seconds = time.perf_counter()
 
-    def wait(self, *_: Any) -> None: ...
-
-    def synchronize(self) -> None: ...
+    wait = synchronize = staticmethod(lambda *_: None)
 
     def query(self) -> bool:
         """Return True: the event has always happened."""

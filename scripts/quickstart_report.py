@@ -21,7 +21,7 @@ from megatron_patch.data.pair_store import PairStore
 from megatron_patch.evaluation.parity import transformers_logps
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 RUNS = {"lpo": "LPO (lpo-ste)", "dpo": "DPO (sigmoid)"}
 COLOURS = {"lpo": "tab:blue", "dpo": "tab:orange"}
@@ -125,7 +125,8 @@ def table(report: dict[str, Any]) -> str:
         accuracy = report[f"{run}_accuracy"]
         ratios = f"{h['chosen_logratio']:+10.4f}{h['rejected_logratio']:+10.4f}"
         lines.append(f"{name[:3]:10}{accuracy:9.3f}{h['preference_accuracy']:12.3f}{ratios}{margin:>18}")
-    lines.append(f"{report['pairs']} training pairs; {report['heldout_problems']} held-out problems, {report['heldout_pair_count']} held-out pairs")
+    counts = {"training pairs": "pairs", "held-out problems": "heldout_problems", "held-out pairs": "heldout_pair_count"}
+    lines.append(", ".join(f"{report[key]} {what}" for what, key in counts.items()))
     return "\n".join(lines)
 
 

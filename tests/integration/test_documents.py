@@ -47,8 +47,9 @@ def test_presets_say_what_the_paper_says(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     rows = {line.split()[0].removesuffix(".args"): line.split()[1:] for line in done.stdout.splitlines() if ".args" in line}
     schedule = ["66", "0.95", "1.0", "0.1"]
-    lpo = {name: ["xpo", "2e-07", "1e-07", batch, *schedule, "lpo-ste", "0.2", "1.0", r2, "hinge", "10.0", "True"]
-           for name, batch, r2 in (("general", "12", "2.0"), ("math", "12", "0.2"), ("tts", "60", "0.4"), ("asr", "12", "1.0"))}  # fmt: skip
+    table = (("general", "12", "2.0"), ("math", "12", "0.2"), ("tts", "60", "0.4"), ("asr", "12", "1.0"))
+    loss = {name: ["lpo-ste", "0.2", "1.0", r2, "hinge", "10.0", "True"] for name, _, r2 in table}
+    lpo = {name: ["xpo", "2e-07", "1e-07", batch, *schedule, *loss[name]] for name, batch, _ in table}
     assert {name: rows[name] for name in lpo} == lpo
     assert rows["dpo"][:11] == ["xpo", "2e-07", "1e-07", "12", *schedule, "sigmoid", "0.1", rows["dpo"][10]] and rows["dpo"][-1] == "False"
     assert rows["dpo"][-3] == "none"

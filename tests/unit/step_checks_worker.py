@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_patch.data.packed_batch import Sample, pack
-from megatron_patch.entry import AgreedError
+from megatron_patch.errors import AgreedError
 from megatron_patch.step_checks import StepChecks
 
 NAN, INF = float("nan"), float("inf")

@@ -243,7 +243,8 @@ ERRORS = {
 FORKS = """
 import json, os, sys
 import torch
-from megatron_patch.entry import AgreedError, user_errors
+from megatron_patch.entry import user_errors
+from megatron_patch.errors import AgreedError
 
 def group():
     torch.distributed.init_process_group("gloo", init_method=f"file://{os.getcwd()}/store{os.getpid()}", rank=0, world_size=1)

@@ -20,12 +20,13 @@ INWARD = {
     "checkpoint": set(),
     "objectives": {"data", "preference"},
     "arguments": {"preference", "model", "checkpoint", "data"},
-    "entry": {"arguments"},
-    "step_checks": {"data", "entry"},
+    "entry": {"arguments", "errors"},
+    "step_checks": {"data", "errors"},
     "forward_step": {"data", "model", "objectives", "preference", "step_checks"},
     "loop_hooks": {"data", "model"},
     "run": {
-        "arguments", "checkpoint", "data", "evaluation", "forward_step", "loop_hooks", "model", "objectives", "preference", "step_checks",
+        "arguments", "checkpoint", "data", "errors", "evaluation", "forward_step", "loop_hooks", "model", "objectives", "preference",
+        "step_checks",
     },
     "cpu_backend": set(),
 }  # fmt: skip

@@ -15,7 +15,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 pytestmark = [
     pytest.mark.full,
-    pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is None, reason="optional package transformer-engine is not installed"),
+    pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is None, reason="optional transformer-engine is not installed"),
 ]
 
 WORKER = """
