@@ -53,8 +53,9 @@ def launch(ranks: int, entry: Path, argv: Sequence[Any], log: Path, environment:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    words = [str(a) for a in argv]
     processes = [
-        _context.Process(target=_rank, args=(rank, ranks, port, str(entry), [str(a) for a in argv], f"{log}.{rank}", dict(environment or {})))
+        _context.Process(target=_rank, args=(rank, ranks, port, str(entry), words, f"{log}.{rank}", dict(environment or {})))
         for rank in range(ranks)
     ]
     for process in processes:

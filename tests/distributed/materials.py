@@ -167,6 +167,6 @@ class Bench:
         return self.train(layout, data, "--train-iters", 1, "--lr", 0.0, model=model)
 
     def attempt(self, layout: str, save: Path, data: Path, *flags: object, model: str = "tied", alter: str = "unsaved") -> harness.Run:
-        """A run that may fail; exports to ``<save>/hf``; its batches go to ``<save>.batches.<rank>`` when ``recorded`` is among the alterations."""
+        """A run that may fail; exports to ``<save>/hf``; ``recorded`` (see altered.py) writes to ``<save>.batches.<rank>``."""
         argv = [*self.flags(data, *flags, model=model), "--save", save, "--save-hf", save / "hf"]
         return self.launch(layout, harness.TRAIN, argv, Path(f"{save}.log"), alter, BATCH_LOG=f"{save}.batches")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.distributed.materials import Bench, reference, response_lengths, tensors, transformers_logps
+from tests.distributed.materials import PAIRS, Bench, reference, response_lengths, tensors, transformers_logps
 
 TOLERANCE = 1e-5  # nats per token, float32
 
@@ -37,6 +37,13 @@ def test_response_log_probs_equal_transformers(
     assert difference.max() <= TOLERANCE, f"{difference.max():.2g} nats per token at pair {difference.max(1).argmax()}"
 
 
+def test_reference_in_blocks_with_an_idle_rank(bench: Bench) -> None:
+    """A last block of one pair at DP2 leaves one rank without pairs; blocks change nothing."""
+    in_blocks = reference(bench.reference("tied", "dp2", "--block-pairs", PAIRS - 1))
+    difference = np.abs(in_blocks - reference(bench.reference())) / response_lengths(bench.pairs)
+    assert difference.max() <= TOLERANCE
+
+
 @pytest.mark.parametrize(
     ("model", "layout"),
     [
@@ -54,4 +61,3 @@ def test_import_and_export_give_back_every_bit(bench: Bench, model: str, layout:
     assert exported.keys() == original.keys()
     different = [name for name, tensor in original.items() if not torch.equal(tensor, exported[name])]
     assert not different
-

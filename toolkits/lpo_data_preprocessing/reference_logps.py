@@ -78,7 +78,8 @@ class ReferencePass:
             )
         if not parallel_state.is_pipeline_last_stage(ignore_virtual=True) or parallel_state.get_tensor_model_parallel_rank() != 0:
             return []
-        return [(slot[stream.rank], logps.numpy()) for slot, (_, logps) in zip(slots, collected, strict=True)]
+        parts = zip((slot[stream.rank] for slot in slots), collected, strict=True)
+        return [(which, logps.numpy()) for which, (_, logps) in parts if len(which)]  # a slot may hold no pair
 
 
 class PartialResult:

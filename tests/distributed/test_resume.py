@@ -1,0 +1,119 @@
+"""A run that is interrupted and resumed is the run that was not interrupted.
+
+The judge is the uninterrupted run. The pairs are those that the ranks really fed to the model, not those of the plan.
+"""
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed import harness
+from tests.distributed.materials import BATCH, PAIRS, Bench, tensors
+
+ADAM_UNDER_DO = ("--use-distributed-optimizer",)
+SAVES = ("--save-interval", 5)
+
+
+def batches(save: Path, ranks: int) -> dict[int, list[str]]:
+    """Step -> sorted names of the pairs in it, from what every rank fed to its model (each replica once)."""
+    steps: dict[int, Counter] = {}
+    for rank in range(ranks):
+        seen: dict[int, Counter] = {}
+        for row in map(json.loads, Path(f"{save}.batches.{rank}").read_text().splitlines()):
+            seen.setdefault(row["step"], Counter()).update(row["names"])
+        for step, names in seen.items():
+            steps[step] = steps.get(step, Counter()) + names
+    copies = {step: sum(names.values()) // BATCH for step, names in steps.items()}  # TP and PP ranks feed the same pairs
+    assert all(count % copies[step] == 0 for step, names in steps.items() for count in names.values())
+    return {step: sorted(name for name, count in names.items() for _ in range(count // copies[step])) for step, names in steps.items()}
+
+
+def whole(bench: Bench, layout: str, *flags: object, data: Path | None = None) -> Path:
+    """Ten steps without interruption, with checkpoints after 5 and 10."""
+    return bench.train(layout, data or bench.reference(), *SAVES, *flags, alter="recorded")
+
+
+def resumed(bench: Bench, layout: str, start: Path, *flags: object, data: Path | None = None) -> Path:
+    """Steps 6 to 10 from the checkpoint that ``start`` left after step 5, in a folder that looks as if the run had been killed later."""
+    save = bench.folder(f"resumed-{layout}")
+    save.mkdir()
+    shutil.copytree(start / "iter_0000005", save / "iter_0000005")
+    (save / "latest_checkpointed_iteration.txt").write_text("5")
+    killed_while_writing = (start / "metrics.jsonl").read_text().splitlines(keepends=True)[:8]
+    (save / "metrics.jsonl").write_text("".join(killed_while_writing)[:-20])
+    run = bench.attempt(layout, save, data or bench.reference(), *SAVES, "--load", save, *flags, alter="recorded")
+    assert run.ok, run.output[-4000:]
+    return save
+
+
+# PP2 with a tied embedding, and many buckets: buckets of a size that upstream pads, which it forgets when it cuts out parameters.
+SAME_LAYOUT = [
+    pytest.param("dp2-do", (), id="dp2-distributed-optimizer"),
+    pytest.param("dp2", (), id="dp2"),
+    pytest.param("tp2-sp", ("--bf16", *ADAM_UNDER_DO), id="tp2-sp-bf16-distributed-optimizer"),
+    pytest.param("one", (), id="one", marks=pytest.mark.ci),
+    pytest.param("pp2", ADAM_UNDER_DO, id="pp2-tied-distributed-optimizer"),
+    pytest.param("dp2-do", ("--ddp-bucket-size", 10000), id="dp2-distributed-optimizer-many-buckets", marks=pytest.mark.ci),
+    pytest.param("vpp2", (), id="vpp2", marks=pytest.mark.ci),
+]
+
+
+@pytest.mark.parametrize(("layout", "flags"), SAME_LAYOUT)
+def test_same_layout_is_bit_equal(bench: Bench, layout: str, flags: tuple[object, ...]) -> None:
+    """Losses, gradient norms and learning rates of steps 6 to 10, every exported tensor, the pairs of every step."""
+    data = bench.reference("tied", "one", *flags[:1]) if "--bf16" in flags else None
+    uninterrupted = whole(bench, layout, *flags, data=data)
+    again = resumed(bench, layout, uninterrupted, *flags, data=data)
+    judge, rows = harness.metrics(uninterrupted), harness.metrics(again)
+    assert [row["iteration"] for row in rows] == list(range(1, 11)), "each step once"
+    for name in ("loss", "grad_norm", "learning_rate", "consumed_samples", "logps/chosen"):
+        assert [row[name] for row in rows] == [row[name] for row in judge], name
+    original, exported = tensors(uninterrupted / "hf"), tensors(again / "hf")
+    assert not [name for name, tensor in original.items() if not torch.equal(tensor, exported[name])]
+    ranks = 1 if layout == "one" else 2
+    assert batches(again, ranks) == {step: names for step, names in batches(uninterrupted, ranks).items() if step > 5}
+    assert json.loads((again / "run_state.json").read_text()) == {"state": "finished", "iteration": 10}
+
+
+RESHARDED = [
+    pytest.param("tp2", "pp2", (), id="tp2-pp2"),
+    pytest.param("one", "dp2", ADAM_UNDER_DO, id="dp1-dp2-distributed-optimizer"),
+    pytest.param("tp2", "pp2", ADAM_UNDER_DO, id="tp2-pp2-distributed-optimizer", marks=pytest.mark.ci),
+    pytest.param("one", "dp2", (), id="dp1-dp2", marks=pytest.mark.ci),
+    pytest.param("dp2", "one", ADAM_UNDER_DO, id="dp2-dp1-distributed-optimizer", marks=pytest.mark.ci),
+    pytest.param("pp2", "tp2-sp", ADAM_UNDER_DO, id="pp2-tp2-sp-distributed-optimizer", marks=pytest.mark.ci),
+]
+
+
+@pytest.mark.parametrize(("before", "after", "flags"), RESHARDED)
+def test_resharded_run_goes_on(
+    bench: Bench, before: str, after: str, flags: tuple[object, ...], record_property: Callable[[str, object], None]
+) -> None:
+    """The same pairs in the same steps, losses to 1e-5 relative; measured: MEASURED."""
+    uninterrupted = whole(bench, before, *flags)
+    again = resumed(bench, after, uninterrupted, *flags)
+    judge, rows = harness.metrics(uninterrupted), harness.metrics(again)
+    assert [row["iteration"] for row in rows] == list(range(1, 11))
+    difference = {name: max(abs(r[name] / j[name] - 1) for r, j in zip(rows, judge, strict=True)) for name in ("loss", "grad_norm")}
+    record_property("worst", difference)
+    assert difference["loss"] <= 1e-5, difference
+    ranks = {"one": 1}
+    seen = batches(again, ranks.get(after, 2))
+    assert seen == {step: names for step, names in batches(uninterrupted, ranks.get(before, 2)).items() if step > 5}
+
+
+@pytest.mark.parametrize("layout", ["dp2", pytest.param("vpp2", marks=pytest.mark.ci), pytest.param("tp2-sp", marks=pytest.mark.ci)])
+def test_every_pair_of_an_epoch_is_seen_once(bench: Bench, layout: str) -> None:
+    """100 pairs in ten steps over 48: two whole epochs, the batch across their border included, and four pairs of a third."""
+    seen = batches(whole(bench, layout), 2)
+    assert sorted(seen) == list(range(1, 11)) and {len(names) for names in seen.values()} == {BATCH}
+    everything = Counter(name for names in seen.values() for name in names)
+    assert set(everything) == {f"p{i:03d}" for i in range(PAIRS)}
+    assert Counter(everything.values()) == {2: PAIRS - 4, 3: 4}
+    first_epoch = Counter(name for step in range(1, 5) for name in seen[step])
+    assert max(first_epoch.values()) == 1 and set(everything) - set(first_epoch) <= set(seen[5])
