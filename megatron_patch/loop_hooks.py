@@ -34,6 +34,7 @@ class LoopState:
     console: Callable[[str], None] = field(default=lambda line: print_line(line))
     last_step_at: float = field(default_factory=time.perf_counter)
     last_evaluated: int = -1
+    iteration: int | None = None  # steps done; None before the first of this process
 
 
 class Hook(NamedTuple):
@@ -101,6 +102,7 @@ def step_flops(state: LoopState, consumed: int) -> float:
 def _training_log(upstream: Callable, state: LoopState) -> Callable:
     def training_log(loss_dict: dict, total_loss_dict: dict, learning_rate: float, iteration: int, *rest: Any, **kwargs: Any) -> Any:
         skipped, grad_norm = rest[2], rest[3]
+        state.iteration = iteration
         reported = upstream(loss_dict, total_loss_dict, learning_rate, iteration, *rest, **kwargs)
         now = time.perf_counter()
         seconds, state.last_step_at = now - state.last_step_at, now

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
@@ -26,6 +27,7 @@ from megatron_patch.checkpoint.hf_io import load_hf_weights, save_hf_weights
 from megatron_patch.data.batch_plan import BatchPlan, PairOrder
 from megatron_patch.data.pair_dataset import MicroBatchStream, SampleSet, parse_weighted_prefixes
 from megatron_patch.data.tokenizer_identity import folder_tokenizer_fingerprint
+from megatron_patch.entry import AgreedError
 from megatron_patch.evaluation import parity
 from megatron_patch.forward_step import ForwardStep, make_objective
 from megatron_patch.model.layer_specs import qwen2_block_spec
@@ -169,15 +171,25 @@ class TrainingRun:
         return config
 
     def _check_parity(self) -> None:
-        """Rank 0 compares the stored reference of two pairs with transformers."""
-        reference = self.train.first_references(2)
-        if not self.args.parity_check or self.args.rank != 0 or self.args.iteration or reference is None:
+        """Rank 0 compares the stored reference of two pairs with transformers; all ranks share its verdict. Collective."""
+        args, reference = self.args, self.train.first_references(2)
+        if not args.parity_check or args.allow_reference_mismatch or args.iteration or reference is None:
             return
+        complaint: list[str | None] = [self._parity_complaint(reference) if args.rank == 0 else None]
+        torch.distributed.broadcast_object_list(complaint, src=0)
+        if complaint[0] is not None:
+            raise AgreedError(complaint[0])
+
+    def _parity_complaint(self, reference: tuple[list[tuple[np.ndarray, ...]], np.ndarray, str]) -> str | None:
         if not parity.fits_in_memory(self.args.hf_path):
             self.hooks.console(f"[{self.args.train_mode}] parity check skipped: {self.args.hf_path} is too large for one process")
-            return
-        difference = parity.check_parity(self.args.hf_path, *reference)
+            return None
+        try:
+            difference = parity.check_parity(self.args.hf_path, *reference)
+        except ValueError as error:
+            return str(error)
         self.hooks.console(f"[{self.args.train_mode}] parity with transformers: {difference:.2g} nats per token on two pairs")
+        return None
 
     def _is_first_step(self) -> bool:
         return self.args.consumed_train_samples == 0 and not self._evaluating
@@ -209,7 +221,8 @@ class TrainingRun:
             raise
         finally:
             if self.save is not None and self.args.rank == 0 and self.save.is_dir():
-                outcome = {"state": state, "iteration": self.args.curr_iteration + 1 if state == "finished" else self.args.curr_iteration}
+                done = self.hooks.iteration if self.hooks.iteration is not None else getattr(self.args, "iteration", 0)
+                outcome = {"state": state, "iteration": done}
                 (self.save / "run_state.json").write_text(json.dumps(outcome) + "\n", encoding="utf-8")
 
     def export(self) -> None:

@@ -8,6 +8,7 @@ Log-ratios are policy minus fine-tuned model, in nats per token of the response,
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +76,14 @@ def draw_curves(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
     plt.close(figure)
 
 
-def dropped(folder: Path) -> dict[str, dict[str, int]]:
-    """For each file a stage wrote into ``folder``: what was dropped or left out, by reason."""
-    tallies = {path.name.removesuffix(".tally.json"): read_json(path, "a stage's tally") for path in sorted(folder.glob("*.tally.json"))}
-    return {name: {**tally["dropped"], **tally["left_out"]} for name, tally in tallies.items()}
+def dropped(folder: Path) -> dict[str, int]:
+    """What the stages that wrote into ``folder`` dropped or left out, by reason."""
+    counts: Counter[str] = Counter()
+    for path in folder.glob("*.tally.json"):
+        tally = read_json(path, "a stage's tally")
+        counts.update(tally["dropped"])
+        counts.update(tally["left_out"])
+    return dict(counts)
 
 
 def make_report(out: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import runpy
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / "examples/qwen2_5/train_qwen.py"
 REFERENCE = ROOT / "toolkits/lpo_data_preprocessing/reference_logps.py"
+ALTERED = ROOT / "tests/distributed/altered.py"
 TIMEOUT_S = 180
 
 _context = multiprocessing.get_context("forkserver")
@@ -34,18 +35,26 @@ class Run:
     seconds_to_end: float
 
     @property
+    def errors(self) -> set[str]:
+        """The distinct ``[error]`` lines."""
+        return {line for line in self.output.splitlines() if line.startswith("[error]")}
+
+    @property
     def ok(self) -> bool:
         """True when every rank left with 0."""
         return all(code == 0 for code in self.codes)
 
 
-def launch(ranks: int, entry: Path, argv: Sequence[Any], log: Path) -> Run:
-    """Run ``entry`` with ``argv`` on ``ranks`` processes; output goes to ``log`` and comes back."""
+def launch(ranks: int, entry: Path, argv: Sequence[Any], log: Path, environment: Mapping[str, str] | None = None) -> Run:
+    """Run ``entry`` with ``argv`` on ``ranks`` processes; output goes to ``log`` and comes back.
+
+    ``environment`` is added to the ranks'; without ``LPO_TRACEBACK`` in it tracebacks of user errors are shown, "" hides them.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     processes = [
-        _context.Process(target=_rank, args=(rank, ranks, port, str(entry), [str(a) for a in argv], f"{log}.{rank}"))
+        _context.Process(target=_rank, args=(rank, ranks, port, str(entry), [str(a) for a in argv], f"{log}.{rank}", dict(environment or {})))
         for rank in range(ranks)
     ]
     for process in processes:
@@ -71,13 +80,13 @@ def _wait(processes: list[Any]) -> float:
     return 0.0 if first_end is None else time.monotonic() - first_end
 
 
-def _rank(rank: int, ranks: int, port: int, entry: str, argv: list[str], log: str) -> None:
+def _rank(rank: int, ranks: int, port: int, entry: str, argv: list[str], log: str, environment: dict[str, str]) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LPO_TRACEBACK="1",
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **{"LPO_TRACEBACK": "1", **environment},
     )  # fmt: skip
     sys.argv = [entry, *argv]
     os.chdir(ROOT)

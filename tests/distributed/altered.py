@@ -1,0 +1,81 @@
+"""An entry that runs another entry with something altered: ``altered.py NAME[,NAME...] ENTRY [ARGUMENTS...]``.
+
+Alterations observe (``recorded``), save time (``unsaved``) or plant a defect that a check must find. They are made in the rank's
+own process, after the fork, so nothing leaks into other runs.
+"""
+
+import json
+import os
+import runpy
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+NAN_PAIR = "p007"
+
+
+def unsaved() -> None:
+    """No checkpoints: half of a short run's time goes into writing them."""
+    from megatron.training import training
+
+    training.save_checkpoint = lambda *args, **kwargs: None
+
+
+def recorded() -> None:
+    """Append {"step", "names"} of every micro-batch that a rank feeds to its model to ``$BATCH_LOG.<rank>``."""
+    from megatron.training import get_args
+
+    from megatron_patch.forward_step import ForwardStep
+
+    original = ForwardStep.__call__
+    path = f"{os.environ['BATCH_LOG']}.{os.environ['RANK']}"
+
+    def note(batch: Any) -> Any:
+        with open(path, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"step": get_args().curr_iteration + 1, "names": [name.split()[0] for name in batch.names]}) + "\n")
+        return batch
+
+    def noted(batches: Any) -> Iterator[Any]:
+        yield note(next(batches))
+
+    ForwardStep.__call__ = lambda self, data_iterator, model: original(self, noted(data_iterator), model)
+
+
+def shifted_mask() -> None:
+    """Off by one: a response token is scored by the logits at its own position instead of the one before."""
+    from megatron_patch.data import packed_batch
+
+    original = packed_batch.scored_targets
+
+    def scored_targets(*args: Any) -> Any:
+        right = original(*args)
+        return right._replace(positions=right.positions + 1)
+
+    packed_batch.scored_targets = scored_targets
+
+
+def nan_response() -> None:
+    """The rejected response of one pair becomes NaN on the way from the model to the loss."""
+    from megatron_patch.forward_step import ForwardStep
+
+    original = ForwardStep._loss
+
+    def _loss(self: Any, batch: Any, logps: torch.Tensor, **kwargs: Any) -> Any:
+        poison = torch.zeros_like(logps)
+        for p, name in enumerate(batch.names):
+            if name.split()[0] == NAN_PAIR:
+                poison[batch.samples + p] = float("nan")
+        return original(self, batch, logps + poison, **kwargs)
+
+    ForwardStep._loss = _loss
+
+
+ALTERATIONS = {alteration.__name__: alteration for alteration in (unsaved, recorded, shifted_mask, nan_response)}
+
+if __name__ == "__main__":
+    for name in sys.argv[1].split(","):
+        ALTERATIONS[name]()
+    sys.argv = sys.argv[2:]
+    runpy.run_path(sys.argv[0], run_name="__main__")
