@@ -25,7 +25,8 @@ INWARD = {
     "forward_step": {"data", "model", "objectives", "preference", "step_checks"},
     "loop_hooks": {"data", "model"},
     "run": {
-        "arguments", "checkpoint", "data", "evaluation", "forward_step", "loop_hooks", "model", "objectives", "preference", "step_checks",
+        "arguments", "checkpoint", "data", "entry", "evaluation", "forward_step", "loop_hooks", "model", "objectives", "preference",
+        "step_checks",
     },
     "cpu_backend": set(),
 }  # fmt: skip
