@@ -76,7 +76,18 @@ class _PresetParser(argparse.ArgumentParser):
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
         """Split one line of a preset as a shell would."""
-        return shlex.split(arg_line, comments=True)
+        try:
+            return shlex.split(arg_line, comments=True)
+        except ValueError as error:
+            raise ValueError(f"{error} in the line {arg_line!r}") from None
+
+    def _read_args_from_files(self, arg_strings: list[str]) -> list[str]:
+        """Say which preset a malformed line is in."""
+        try:
+            return super()._read_args_from_files(arg_strings)  # type: ignore[misc]
+        except ValueError as error:
+            presets = ", ".join(word[1:] for word in arg_strings if word.startswith("@"))
+            raise ValueError(f"{presets}: {error}" if presets else str(error)) from None
 
     def error(self, message: str) -> Any:
         """Raise ValueError: the entry prints it in one line."""

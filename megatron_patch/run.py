@@ -57,6 +57,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         )
     if args.global_batch_size and args.global_batch_size % args.data_parallel_size:
         raise ValueError(f"--global-batch-size {args.global_batch_size} is not a multiple of {args.data_parallel_size} data-parallel ranks")
+    if args.save_hf and Path(args.save_hf).is_dir() and any(Path(args.save_hf).iterdir()):
+        raise ValueError(f"--save-hf: {args.save_hf} exists and is not empty: an export never overwrites")
     if args.train_mode == "xpo":
         given_loss_options(args)
 

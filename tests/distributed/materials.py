@@ -52,14 +52,14 @@ def make_model(folder: Path, *, tied: bool, seed: int) -> Path:
     return folder
 
 
-def make_store(prefix: Path, kind: str, *, count: int = PAIRS, longest: int = 20, seed: int = 0) -> Path:
+def make_store(prefix: Path, kind: str, *, count: int = PAIRS, longest: int = 20, seed: int = 0, vocabulary: int = VOCABULARY) -> Path:
     """``count`` documents of random tokens; lengths from one token to ``longest``, the extremes included."""
     rng = np.random.default_rng(seed)
     parts = {"pairs": 3, "sft": 2}[kind]
     with PairStoreWriter(prefix, kind) as writer:
         for i in range(count):
             lengths = rng.integers(1, longest + 1, parts) if i > 1 else np.full(parts, (1, longest)[i])
-            writer.add([rng.integers(0, VOCABULARY, length) for length in lengths], id=f"p{i:03d}", group=str(i))
+            writer.add([rng.integers(0, vocabulary, length) for length in lengths], id=f"p{i:03d}", group=str(i))
         writer.commit(tokenizer={"fingerprint": "t"}, template={"fingerprint": "x"}, sources=[])
     return prefix
 
@@ -131,7 +131,7 @@ class Bench:
         key = ("reference", model, layout, flags, alter)
         if key not in self._runs:
             prefix = copy_store(self.pairs, self.folder(f"reference-{model}-{layout}"))
-            run = self.launch(layout, harness.REFERENCE, self._reference_flags(model, prefix, *flags), prefix.with_suffix(".log"), alter)
+            run = self.launch(layout, harness.REFERENCE, self.reference_flags(model, prefix, *flags), prefix.with_suffix(".log"), alter)
             assert run.ok, run.output[-4000:]
             self._runs[key] = prefix
         return self._runs[key]
@@ -143,7 +143,8 @@ class Bench:
         words = [alter, entry, *argv, *flags] if alter else [*argv, *flags]
         return harness.launch(ranks, harness.ALTERED if alter else entry, words, log, environment)
 
-    def _reference_flags(self, model: str, prefix: Path, *flags: object) -> list[object]:
+    def reference_flags(self, model: str, prefix: Path, *flags: object) -> list[object]:
+        """The command line of a reference pass."""
         return ["--hf-path", self.models[model], "--pair-data", prefix, "--seq-length", 128, *flags]
 
     def flags(self, data: Path, *flags: object, model: str = "tied") -> list[object]:
