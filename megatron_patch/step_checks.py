@@ -122,7 +122,7 @@ class StepChecks:
             raise AgreedError(f"log-probs are NaN or infinite for {len(names)} pairs, nothing was stepped: {', '.join(names[:8])}")
         if gradient_failed:
             names = _gather([n for o in observed for n in o.names])
-            raise AgreedError(f"gradients are NaN or infinite though all log-probs are finite, nothing was stepped; pairs: {', '.join(names)}")
+            raise AgreedError(f"gradients are NaN or infinite (log-probs are finite), nothing was stepped; pairs: {', '.join(names)}")
         if self.identity_loss is not None and self.fresh():
             self._judge_step_zero(_gather([row for o in observed for row in o.rows()]))
 
