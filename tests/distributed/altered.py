@@ -43,6 +43,22 @@ def recorded() -> None:
     ForwardStep.__call__ = lambda self, data_iterator, model: original(self, noted(data_iterator), model)
 
 
+def recorded_stores() -> None:
+    """Append {"stores"}, the prefixes that the samples of a micro-batch came from, to ``$BATCH_LOG.<rank>``."""
+    from megatron_patch.forward_step import ForwardStep
+
+    original = ForwardStep.__call__
+    path = f"{os.environ['BATCH_LOG']}.{os.environ['RANK']}"
+
+    def noted(batches: Any) -> Iterator[Any]:
+        batch = next(batches)
+        with open(path, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"stores": [name.split("(")[1].rstrip(")") for name in batch.names]}) + "\n")
+        yield batch
+
+    ForwardStep.__call__ = lambda self, data_iterator, model: original(self, noted(data_iterator), model)
+
+
 def shifted_mask() -> None:
     """Off by one: a response token is scored by the logits at its own position instead of the one before."""
     from megatron_patch.data import packed_batch
@@ -72,7 +88,7 @@ def nan_response() -> None:
     ForwardStep._loss = _loss
 
 
-ALTERATIONS = {alteration.__name__: alteration for alteration in (unsaved, recorded, shifted_mask, nan_response)}
+ALTERATIONS = {alteration.__name__: alteration for alteration in (unsaved, recorded, recorded_stores, shifted_mask, nan_response)}
 
 if __name__ == "__main__":
     for name in sys.argv[1].split(","):

@@ -1,0 +1,89 @@
+"""What a run leaves behind: console, metrics.jsonl and TensorBoard say the same; evaluation is one full pass; passes resume."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatron_patch.checkpoint.hf_files import weights_fingerprint
+from megatron_patch.data.pair_store import PairStore
+from tests.distributed import harness
+from tests.distributed.materials import BATCH, PAIRS, Bench, copy_store, reference, response_lengths
+
+
+@pytest.fixture(scope="module")
+def evaluated(bench: Bench) -> tuple[Path, str]:
+    """Four steps at PP 2 with an evaluation after the second and the fourth: save folder and output."""
+    data, save = bench.reference(), bench.folder("evaluated")
+    flags = ("--train-iters", 4, "--valid-pair-data", data, "--eval-interval", 2)
+    run = bench.attempt("pp2", save, data, *flags)
+    assert run.ok, run.output[-4000:]
+    return save, run.output
+
+
+def rows(save: Path) -> list[dict[str, float]]:
+    """Every row of metrics.jsonl."""
+    return [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_console_shows_every_step_once_and_negative_values(evaluated: tuple[Path, str]) -> None:
+    save, output = evaluated
+    steps = re.findall(r"^\[xpo\] step (\d+)/4 \| (.*)$", output, flags=re.MULTILINE)
+    assert [int(step) for step, _ in steps] == [1, 2, 3, 4]
+    for (_, shown), row in zip(steps, harness.metrics(save), strict=True):
+        assert f"rejected_logratio {row['lpo/rejected_logratio']:.4f}" in shown and f"loss {row['loss']:.4f}" in shown
+    assert any("rejected_logratio -0." in shown or "chosen_logratio -0." in shown for _, shown in steps)
+
+
+def test_tensorboard_has_what_the_file_has(evaluated: tuple[Path, str]) -> None:
+    save, _ = evaluated
+    events = EventAccumulator(str(save / "tensorboard")).Reload()
+    for name in ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "lpo/chosen_logratio", "lpo/anchor_active"):
+        written = {event.step: event.value for event in events.Scalars(name)}
+        assert written == pytest.approx({row["iteration"]: row[name] for row in harness.metrics(save)}, rel=1e-6), name
+    shown = {event.step: event.value for event in events.Scalars("eval_loss")}
+    assert shown == pytest.approx({row["iteration"]: row["eval_loss"] for row in rows(save) if "eval_loss" in row}, rel=1e-6)
+
+
+def test_evaluation_sees_every_pair_once_each_time(bench: Bench) -> None:
+    """At learning rate 0 both evaluations equal the mean over the whole store, which the reference log-probs give directly."""
+    data = bench.reference()
+    save = bench.train("dp2", data, "--train-iters", 2, "--lr", 0.0, "--valid-pair-data", data, "--eval-interval", 1)
+    evaluations = [row for row in rows(save) if "eval_loss" in row]
+    assert [row["iteration"] for row in evaluations] == [1, 2]
+    chosen, rejected = reference(data).mean(axis=0)
+    for row in evaluations:
+        assert row["eval_loss"] == pytest.approx(2.0, abs=1e-5)
+        assert row["eval_logps/chosen"] == pytest.approx(chosen, rel=1e-6)
+        assert row["eval_logps/rejected"] == pytest.approx(rejected, rel=1e-6)
+
+
+def test_weighted_stores_give_exact_counts(bench: Bench) -> None:
+    """3 : 1 over two copies of the store: an epoch of 96 positions holds 72 pairs of the first and 24 of the second."""
+    data = bench.reference()
+    other = copy_store(data, bench.folder("second-source"))
+    flags = ("--pair-data", 3, data, 1, other, "--global-batch-size", 2 * PAIRS, "--train-iters", 1, "--lr", 0.0)
+    save = bench.train("one", data, *flags, alter="unsaved,recorded_stores")
+    stores = [name for line in Path(f"{save}.batches.0").read_text().splitlines() for name in json.loads(line)["stores"]]
+    assert (stores.count(str(data)), stores.count(str(other))) == (72, 24)
+
+
+def test_reference_pass_goes_on_where_it_stopped(bench: Bench) -> None:
+    """What a partial result holds is kept, the rest is computed; a partial result of other weights is not trusted."""
+    whole, prefix = bench.reference(), copy_store(bench.pairs, bench.folder("partial"))
+    weights = weights_fingerprint(bench.models["tied"])
+    for trusted in (weights, "other weights"):
+        logps = np.full((PAIRS, 2), np.nan)
+        logps[:20] = -1.0
+        identity = f"{PairStore(prefix).fingerprint} {trusted} float32"
+        np.savez(f"{prefix}.ref.partial.npz", logps=logps, identity=np.array(identity))
+        run = harness.launch(1, harness.REFERENCE, bench.reference_flags("tied", prefix, "--block-pairs", BATCH), prefix.with_suffix(".log"))
+        assert run.ok, run.output[-4000:]
+        kept = 20 if trusted == weights else 0
+        assert (reference(prefix)[:kept] == -1.0).all()
+        worst = np.abs((reference(prefix) - reference(whole)) / response_lengths(prefix))[kept:].max()
+        assert worst <= 1e-6
+        assert not Path(f"{prefix}.ref.partial.npz").exists()
