@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from megatron_patch.evaluation.answers import same_answer
 from megatron_patch.evaluation.generate import generate
@@ -51,6 +52,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--problems", required=True, help='JSONL of {"question", "answer"}')
     parser.add_argument("--limit", type=int, default=None, help="only the first N problems")
     args = parser.parse_args(argv)
+    transformers_logging.disable_progress_bar()
     print(f"{greedy_accuracy(*load(args.model), read_problems(args.problems)[: args.limit]):.4f}")
 
 

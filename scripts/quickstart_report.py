@@ -15,6 +15,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from greedy_accuracy import greedy_accuracy, load, read_problems
+from transformers.utils import logging as transformers_logging
 
 from megatron_patch.data.atomic_files import read_json, write_json
 from megatron_patch.data.pair_store import PairStore
@@ -132,6 +133,7 @@ def table(report: dict[str, Any]) -> str:
 
 def main(out: Path) -> None:
     """Write ``report.json`` and ``curves.png`` into ``out`` and print the table."""
+    transformers_logging.disable_progress_bar()
     draw_curves({run: training_rows(out / run) for run in RUNS}, out / "curves.png")
     report = make_report(out)
     write_json(out / "report.json", report)

@@ -80,7 +80,8 @@ def test_reference_pass_goes_on_where_it_stopped(bench: Bench) -> None:
         logps[:20] = -1.0
         identity = f"{PairStore(prefix).fingerprint} {trusted} float32"
         np.savez(f"{prefix}.ref.partial.npz", logps=logps, identity=np.array(identity))
-        run = harness.launch(1, harness.REFERENCE, bench.reference_flags("tied", prefix, "--block-pairs", BATCH), prefix.with_suffix(".log"))
+        flags = bench.reference_flags("tied", prefix, "--block-pairs", BATCH)
+        run = harness.launch(1, harness.REFERENCE, flags, prefix.with_suffix(".log"))
         assert run.ok, run.output[-4000:]
         kept = 20 if trusted == weights else 0
         assert (reference(prefix)[:kept] == -1.0).all()
