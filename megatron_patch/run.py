@@ -59,8 +59,18 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"--global-batch-size {args.global_batch_size} is not a multiple of {args.data_parallel_size} data-parallel ranks")
     if args.save_hf and Path(args.save_hf).is_dir() and any(Path(args.save_hf).iterdir()):
         raise ValueError(f"--save-hf: {args.save_hf} exists and is not empty: an export never overwrites")
+    if not args.skip_train:
+        _check_schedule(args)
     if args.train_mode == "xpo":
         given_loss_options(args)
+
+
+def _check_schedule(args: argparse.Namespace) -> None:
+    if not args.train_iters:
+        raise ValueError("--train-iters or --epochs is required: how long to train")
+    decay = args.lr_decay_iters or args.train_iters
+    if args.lr_warmup_iters >= decay:
+        raise ValueError(f"--lr-warmup-iters {args.lr_warmup_iters} must be below {decay}, the steps the learning rate decays over")
 
 
 def announce(args: argparse.Namespace, mode: str, device: str) -> None:

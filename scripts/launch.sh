@@ -43,6 +43,9 @@ run_torch() {
   fi
 }
 
+descendants() { local child; for child in $(pgrep -P "$1"); do echo "$child"; descendants "$child"; done; }
+pass_on() { local signal=$1; shift; kill "-$signal" "$@" 2>/dev/null || true; }
+
 launch() {
   local name=$1 output=$2 entry=$3; shift 3
   local log=$output/logs/$name.log code=0 run=("$ROOT/$entry") flags=("$@")
@@ -50,9 +53,13 @@ launch() {
   [ "$PRECISION" = fp32 ] || flags+=("--$PRECISION")
   mkdir -p "$output/logs"
   check "$log" "${run[@]}" "${flags[@]}" || return $?
-  trap '' USR1 # handled by Megatron, which saves at the next step; torchrun and this shell must not die of it
-  run_torch "${run[@]}" "${flags[@]}" > >(tee "$log" | show) 2>&1 || code=$?
-  wait # for the last lines
+  # USR1 (SLURM's warning before the time limit, sent to this shell) goes on to the workers, which torchrun starts in sessions of
+  # their own; Megatron saves at the next step. torchrun and srun must not die of it: they inherit "ignore".
+  (trap '' USR1; run_torch "${run[@]}" "${flags[@]}" > >(tee "$log" | show) 2>&1) &
+  local job=$!
+  trap 'pass_on USR1 $(descendants "$job")' USR1
+  while wait "$job" || code=$?; kill -0 "$job" 2>/dev/null; do code=0; done # a trapped signal ends wait early
+  trap - USR1
   if [ "$code" != 0 ]; then
     grep -q '^\[error\]' "$log" && return 2
     { echo "[failed] $name: exit code $code, log $log"; grep -m 1 -E 'Error|exitcode' "$log"; tail -n 20 "$log"; } >&2

@@ -154,6 +154,11 @@ def no_data(bench: Bench) -> Mistake:
     return Mistake(("--pair-data", "0.5"), ("0.5", "prefix"))
 
 
+def warm_up_longer_than_the_run(bench: Bench) -> Mistake:
+    """A preset's warm-up on a short run."""
+    return Mistake(("--lr-warmup-iters", 66, "--lr-decay-iters", 10), ("--lr-warmup-iters 66", "10"))
+
+
 def indivisible_batch(bench: Bench) -> Mistake:
     """3 pairs a step over 2 data-parallel ranks; upstream notices first and speaks of its evaluation batch."""
     return Mistake(("--global-batch-size", 3), ("(3)", "data_parallel_size (2)"))
@@ -169,6 +174,7 @@ TRAIN_ONLY: list[tuple[Callable[[Bench], Mistake], int]] = [
     (option_of_another_loss, 1),
     (missing_reference, 2),
     (indivisible_batch, 2),
+    (warm_up_longer_than_the_run, 1),
 ]
 CASES = [pytest.param(TRAIN, *case, id=f"train-{case[0].__name__}") for case in BOTH + TRAIN_ONLY]
 CASES += [pytest.param(REFERENCE, *case, id=f"reference-{case[0].__name__}") for case in [*BOTH, (token_outside_vocabulary, 2)]]
