@@ -147,7 +147,7 @@ def _iterations(known: argparse.Namespace) -> int:
     return math.ceil(known.epochs * pairs / known.global_batch_size)
 
 
-# Everything here can be overridden. Reasons: what packing needs, what upstream gets wrong without (see docs/design-notes.md).
+# Everything here can be overridden: what packed batches need, and what upstream gets wrong without.
 _RUN_DEFAULTS: dict[str, Any] = {
     "transformer_impl": "local",
     "dataloader_type": "external",

@@ -41,11 +41,24 @@ class _CpuForCuda(TorchFunctionMode):
             return func(*args).replace("torch.", "torch.cuda.", 1)
         if func is torch.Tensor.cuda:
             return args[0]
+        if func in (torch.Tensor.backward, torch.autograd.backward) and kwargs.get("inputs") is None:
+            return self._backward(args[0], **kwargs)
         if _is_cuda(kwargs.get("device")):
             kwargs = {**kwargs, "device": _CPU}
         if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]) and not isinstance(args[1], bool):
             args = (args[0], _CPU, *args[2:])
         return func(*args, **kwargs)
+
+    def _backward(self, tensors: Any, gradient: Any = None, grad_tensors: Any = None, **rest: Any) -> None:
+        """Backward with this mode on: torch switches it off while it is asked, yet megatron's backward methods ask for CUDA too.
+
+        core/tensor_parallel/random.py:656 (recomputation) comes this way. Torch asks no mode when it is given edges instead of tensors.
+        """
+        outputs = [tensors] if isinstance(tensors, torch.Tensor) else tensors
+        with self:
+            torch.autograd.backward(
+                [torch.autograd.graph.get_gradient_edge(t) for t in outputs], gradient if grad_tensors is None else grad_tensors, **rest
+            )
 
 
 class _Stream:
@@ -56,11 +69,7 @@ class _Stream:
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
-    def synchronize(self) -> None: ...
-
-    def wait_stream(self, _: Any) -> None: ...
-
-    def wait_event(self, _: Any) -> None: ...
+    synchronize = wait_stream = wait_event = staticmethod(lambda *_: None)
 
     def record_event(self, event: Any = None) -> Any:
         """Return ``event`` or a new one, recorded now."""
@@ -83,9 +92,7 @@ class _Event:
         """Remember the present time."""
         self.seconds = time.perf_counter()
 
-    def wait(self, *_: Any) -> None: ...
-
-    def synchronize(self) -> None: ...
+    wait = synchronize = staticmethod(lambda *_: None)
 
     def query(self) -> bool:
         """Return True: the event has always happened."""
@@ -203,7 +210,7 @@ def install() -> None:
     """Redirect CUDA requests of this process to the CPU, for good. Idempotent.
 
     Raises:
-        RuntimeError: a GPU is present and torch sees it; redirecting it would be a mistake.
+        RuntimeError: this process has used a GPU already, so some of its tensors live there.
     """
     if _installed:
         return

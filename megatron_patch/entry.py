@@ -10,10 +10,7 @@ from contextlib import contextmanager
 import torch
 
 from megatron_patch.arguments import add_arguments
-
-
-class AgreedError(ValueError):
-    """A user's error that every rank raises at the same place: rank 0 speaks for all."""
+from megatron_patch.errors import AgreedError
 
 
 def parse_arguments(add: Callable[[argparse.ArgumentParser], None] = lambda parser: None) -> argparse.Namespace:

@@ -27,7 +27,7 @@ from megatron_patch.checkpoint.hf_io import load_hf_weights, save_hf_weights
 from megatron_patch.data.batch_plan import BatchPlan, PairOrder
 from megatron_patch.data.pair_dataset import MicroBatchStream, SampleSet, parse_weighted_prefixes
 from megatron_patch.data.tokenizer_identity import folder_tokenizer_fingerprint
-from megatron_patch.entry import AgreedError
+from megatron_patch.errors import AgreedError
 from megatron_patch.evaluation import parity
 from megatron_patch.forward_step import ForwardStep, make_objective
 from megatron_patch.model.layer_specs import qwen2_block_spec

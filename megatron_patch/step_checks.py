@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_patch.data.packed_batch import PackedBatch
-from megatron_patch.entry import AgreedError
+from megatron_patch.errors import AgreedError
 
 # Largest |log-ratio| per token (nats) of any response, and its mean over responses, that count as "the same model".
 TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (5e-2, 2e-3), torch.float16: (5e-2, 2e-3)}
@@ -20,7 +20,7 @@ TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (5e-2, 2e-3), torch.fl
 
 @dataclass(frozen=True)
 class StepZero:
-    """What the first global batch of a fresh run showed. Log-ratios in nats per token, over all pairs of the batch."""
+    """What the first global batch of a fresh run showed. Log-ratios in nats per token, over the distinct pairs of the batch."""
 
     loss: float
     identity_loss: float
@@ -56,7 +56,7 @@ class _Observed(NamedTuple):
         """(name, chosen log-ratio, rejected log-ratio, loss) of each pair."""
         if self.ratios is None or self.losses is None:
             return []
-        return list(zip(self.names, *self.ratios.tolist(), self.losses.detach().tolist(), strict=True))
+        return list(zip(self.names, *self.ratios.tolist(), self.losses.tolist(), strict=True))
 
 
 class StepChecks:
@@ -88,10 +88,11 @@ class StepChecks:
         if not batch.samples:
             return
         logps = response_logps.detach().view(-1, batch.samples)
-        ratios = None
-        if self.identity_loss is not None and self.fresh():
+        ratios, kept = None, None
+        if self.identity_loss is not None and losses is not None and self.fresh():
             ratios = (logps - batch.reference.view_as(logps)) / batch.lengths.view_as(logps)
-        self._observed.append(_Observed(batch.names, torch.isfinite(logps).all(0), ratios, losses))
+            kept = losses.detach()  # detached: the graph of a micro-batch must not outlive its backward
+        self._observed.append(_Observed(batch.names, torch.isfinite(logps).all(0), ratios, kept))
 
     def wrap(self, finalize_model_grads: Callable) -> Callable:
         """Upstream's ``finalize_model_grads`` with the judgement in front of it."""
@@ -114,6 +115,7 @@ class StepChecks:
             self._judge_step_zero(_gather([row for o in observed for row in o.rows()]))
 
     def _judge_step_zero(self, rows: list[Any]) -> None:
+        rows = list({row[0]: row for row in rows}.values())  # by name: ranks that share a pair may differ in its last bit
         worst = max(rows, key=lambda row: max(abs(row[1]), abs(row[2])))
         outcome = StepZero(
             loss=sum(row[3] for row in rows) / len(rows),

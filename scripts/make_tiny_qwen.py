@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check(args)
         texts = texts_of(args.input)
     except ValueError as error:
-        print(f"make_tiny_qwen: error: {error}", file=sys.stderr)
+        print(f"[error] make_tiny_qwen: {error}", file=sys.stderr)
         return 2
     logging.disable_progress_bar()
     tokenizer = make_tokenizer(texts, args.vocab_size, args.system_prompt)

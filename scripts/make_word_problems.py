@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         parts = list(splits([args.train, args.valid, args.heldout], args.seed))
     except ValueError as error:
-        print(f"make_word_problems: error: {error}", file=sys.stderr)
+        print(f"[error] make_word_problems: {error}", file=sys.stderr)
         return 2
     args.output.mkdir(parents=True, exist_ok=True)
     for name, part in zip(("train", "valid", "heldout"), parts, strict=True):

@@ -8,6 +8,7 @@ Log-ratios are policy minus fine-tuned model, in nats per token of the response,
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from megatron_patch.data.pair_store import PairStore
 from megatron_patch.evaluation.parity import transformers_logps
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 RUNS = {"lpo": "LPO (lpo-ste)", "dpo": "DPO (sigmoid)"}
 COLOURS = {"lpo": "tab:blue", "dpo": "tab:orange"}
@@ -75,10 +76,14 @@ def draw_curves(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
     plt.close(figure)
 
 
-def dropped(folder: Path) -> dict[str, dict[str, int]]:
-    """For each file a stage wrote into ``folder``: what was dropped or left out, by reason."""
-    tallies = {path.name.removesuffix(".tally.json"): read_json(path, "a stage's tally") for path in sorted(folder.glob("*.tally.json"))}
-    return {name: {**tally["dropped"], **tally["left_out"]} for name, tally in tallies.items()}
+def dropped(folder: Path) -> dict[str, int]:
+    """What the stages that wrote into ``folder`` dropped or left out, by reason."""
+    counts: Counter[str] = Counter()
+    for path in folder.glob("*.tally.json"):
+        tally = read_json(path, "a stage's tally")
+        counts.update(tally["dropped"])
+        counts.update(tally["left_out"])
+    return dict(counts)
 
 
 def make_report(out: Path) -> dict[str, Any]:
@@ -120,7 +125,8 @@ def table(report: dict[str, Any]) -> str:
         accuracy = report[f"{run}_accuracy"]
         ratios = f"{h['chosen_logratio']:+10.4f}{h['rejected_logratio']:+10.4f}"
         lines.append(f"{name[:3]:10}{accuracy:9.3f}{h['preference_accuracy']:12.3f}{ratios}{margin:>18}")
-    lines.append(f"{report['pairs']} training pairs; {report['heldout_problems']} held-out problems, {report['heldout_pair_count']} held-out pairs")
+    counts = {"training pairs": "pairs", "held-out problems": "heldout_problems", "held-out pairs": "heldout_pair_count"}
+    lines.append(", ".join(f"{report[key]} {what}" for what, key in counts.items()))
     return "\n".join(lines)
 
 

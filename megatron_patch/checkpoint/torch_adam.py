@@ -118,7 +118,7 @@ PADDING_PATCHES = (
     Patch(
         "sharded_param_state_fully_reshardable",
         _with_bucket_padding,
-        ":1403 drops the padding between buckets, :1790 cuts with offsets that count it (upstream's comment: \"see issue #504\")",
+        ":1403 drops the padding between buckets, :1790 cuts with offsets that count it",
     ),
 )
 

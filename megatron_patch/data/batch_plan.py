@@ -5,6 +5,7 @@ Position k of a run is pair ``permutation(epoch)[k % N]`` of epoch ``k // N``; a
 changes which pairs a step sees. Every rank computes the same plan and takes its own slots.
 """
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -24,12 +25,14 @@ class PairOrder:
     def __init__(self, sizes: Sequence[int], *, seed: int, weights: Sequence[float] | None = None, shuffle: bool = True) -> None:
         if not sizes or min(sizes) < 1:
             raise ValueError(f"every source needs at least one pair, got sizes {list(sizes)}")
-        if weights is not None and (len(weights) != len(sizes) or min(weights) <= 0):
+        if weights is not None and (len(weights) != len(sizes) or not all(0 < w < math.inf for w in weights)):
             raise ValueError(f"weights {list(weights)} must be positive, one for each of {len(sizes)} sources")
         self.sizes, self.seed, self.shuffle = list(sizes), seed, shuffle
         self.epoch_length = sum(sizes)
         self._offsets = np.concatenate([[0], np.cumsum(sizes)[:-1]])
         self._shares = self.sizes if weights is None else _largest_remainder(weights, self.epoch_length)
+        if min(self._shares) < 1:
+            raise ValueError(f"weights {weights} leave source {self._shares.index(0)} without any of an epoch's {self.epoch_length} pairs")
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
 
     def positions(self, start: int, stop: int) -> np.ndarray:
@@ -40,7 +43,7 @@ class PairOrder:
             end = min(self.epoch_length, begin + stop - start)
             parts.append(self._epoch(epoch)[begin:end])
             start += end - begin
-        return np.concatenate(parts)
+        return np.concatenate(parts or [np.empty(0, dtype=np.int64)])
 
     def _make_epoch(self, epoch: int) -> np.ndarray:
         drawn = [self._from_source(s, epoch * share, (epoch + 1) * share) for s, share in enumerate(self._shares)]

@@ -54,7 +54,7 @@ class PackedBatch:
             self,
             tokens=self.tokens.to(device, non_blocking=True),
             cu_seqlens=self.cu_seqlens.to(device, non_blocking=True),
-            scored=ScoredTargets(*(t.to(device, non_blocking=True) for t in self.scored[:3]), self.scored.responses),
+            scored=self.scored.to(device),
             lengths=self.lengths.to(device, non_blocking=True),
             reference=self.reference.to(device, non_blocking=True),
         )
@@ -64,14 +64,15 @@ def pack(samples: Sequence[Sample], *, multiple_of: int, vocab_size: int, respon
     """Pack ``samples`` (possibly none) into one row whose length is a multiple of ``multiple_of`` tokens.
 
     Raises:
-        ValueError: a sample scores nothing, scores the first token of a sequence, or has a token id >= ``vocab_size``; names it.
+        ValueError: a sample scores nothing, scores the first token of a sequence, or has a token id outside the vocabulary; names it.
     """
-    sequences, response_of_token = [], []
+    sequences: list[np.ndarray] = []
+    response_of_token: list[np.ndarray] = []
     for p, sample in enumerate(samples):
-        for r, (tokens, scored) in enumerate(zip(sample.sequences, sample.scored, strict=True)):
-            _check(sample.name, tokens, scored, vocab_size)
-            sequences.append(tokens)
-            response_of_token.append(np.where(scored, r * len(samples) + p, -1))
+        for r, (ids, is_scored) in enumerate(zip(sample.sequences, sample.scored, strict=True)):
+            _check(sample.name, ids, is_scored, vocab_size)
+            sequences.append(ids)
+            response_of_token.append(np.where(is_scored, r * len(samples) + p, -1))
     length = sum(map(len, sequences))
     filler = -length % multiple_of if length else multiple_of
     if filler:

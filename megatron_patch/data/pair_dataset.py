@@ -85,7 +85,7 @@ class SampleSet:
         stored = np.concatenate([store.lengths.astype(np.int64) for store in self.stores])
         if self.kind == "pairs":
             return stored[:, :1] + stored[:, 1:], stored[:, 1:]
-        return stored[:, :1], stored[:, 1:]
+        return stored[:, :1], stored[:, 1:] - (self.kind == "text")  # nothing predicts a text's first token
 
     @property
     def tokens(self) -> np.ndarray:
@@ -100,13 +100,7 @@ class SampleSet:
     def __getitem__(self, number: int) -> Sample:
         which, document = self.locate(int(number))
         parts = self.stores[which][document]
-        if self.kind == "pairs":
-            prompt, chosen, rejected = parts
-            sequences = [((prompt, False), (response, True)) for response in (chosen, rejected)]
-        elif self.kind == "sft":
-            sequences = [tuple((part, bool(i % 2)) for i, part in enumerate(parts))]
-        else:
-            sequences = [tuple((part, True) for part in parts)]
+        sequences = _scored_parts(self.kind, parts)
         return Sample(
             sequences=tuple(np.concatenate([part for part, _ in sequence]) for sequence in sequences),
             scored=tuple(np.concatenate([np.full(len(part), scored) for part, scored in sequence]) for sequence in sequences),
@@ -125,6 +119,17 @@ class SampleSet:
     def name(self, store: int, document: int) -> str:
         """What errors call a sample: its id and the store it is in."""
         return f"{self.stores[store].columns.id[document]} ({self.stores[store].prefix})"
+
+
+def _scored_parts(kind: str, parts: tuple[np.ndarray, ...]) -> list[list[tuple[np.ndarray, bool]]]:
+    """The sequences that the model sees for one document, each as runs of tokens that are scored or not."""
+    if kind == "pairs":
+        prompt, *responses = parts
+        return [[(prompt, False), (response, True)] for response in responses]
+    if kind == "sft":
+        return [[(part, bool(i % 2)) for i, part in enumerate(parts)]]
+    first, *rest = parts
+    return [[(first[:1], False), (first[1:], True), *((part, True) for part in rest)]]
 
 
 @dataclass(frozen=True)

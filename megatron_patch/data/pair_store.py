@@ -11,8 +11,7 @@ The manifest is renamed into place last: it is the commit marker, and a store wi
     kind "sft"     alternating unscored, scored, unscored, scored...; an unscored sequence may be empty, a scored one never
     kind "text"    one or more sequences, all scored, none empty
 
-IndexedDataset holds empty sequences as they are, so no kind needs a marker. megatron.core takes seconds to import and prints warnings,
-so it is imported where it is used.
+IndexedDataset holds empty sequences as they are. megatron.core takes seconds to import, so it is imported where it is used.
 """
 
 import hashlib
@@ -360,9 +359,8 @@ def write_reference_logps(
     _check_logps(store, logps, store.prefix)
     values, commit_marker = _file(store.prefix, ".ref.npy"), _file(store.prefix, ".ref.json")
     commit_marker.unlink(missing_ok=True)
-    with atomic_path(values) as temporary:
-        with open(temporary, "wb") as stream:
-            np.save(stream, logps)
+    with atomic_path(values) as temporary, open(temporary, "wb") as stream:
+        np.save(stream, logps)
     record = {"format_version": FORMAT_VERSION, "store": store_fingerprint, "weights": weights_fingerprint, "dtype": dtype}
     write_json(commit_marker, record | {"extra": extra or {}, "file": _describe(values)})
 
@@ -379,8 +377,7 @@ def reference_record(store: PairStore) -> dict[str, Any]:
 def read_reference_logps(store: PairStore, *, weights_fingerprint: str | None) -> np.ndarray:
     """Reference log-probs of `store`, float64 [pairs, 2], sums in nats.
 
-    Raises ValueError if they are missing, damaged, belong to another store or (unless None) to other weights, or hold a value that is
-    no log-probability.
+    Raises ValueError if they are missing or damaged, belong to another store or (unless None) other weights, or are no log-probabilities.
     """
     path, record = _file(store.prefix, ".ref.json"), reference_record(store)
     expected = {"store": store.fingerprint} | ({} if weights_fingerprint is None else {"weights": weights_fingerprint})

@@ -26,7 +26,10 @@ def fits_in_memory(hf_path: str | Path) -> bool:
     return 2 * checkpoint_bytes(hf_path) <= memory // 4
 
 
-def transformers_logps(hf_path: str | Path, pairs: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> np.ndarray:
+Pair = tuple[np.ndarray, ...]  # prompt, chosen and rejected token ids
+
+
+def transformers_logps(hf_path: str | Path, pairs: Sequence[Pair]) -> np.ndarray:
     """float64 [pairs, 2] sums in nats of the chosen and the rejected response, float32 on the CPU.
 
     Args:
@@ -46,7 +49,7 @@ def transformers_logps(hf_path: str | Path, pairs: Sequence[tuple[np.ndarray, np
     return sums
 
 
-def check_parity(hf_path: str | Path, pairs: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], stored: np.ndarray, dtype: str) -> float:
+def check_parity(hf_path: str | Path, pairs: Sequence[Pair], stored: np.ndarray, dtype: str) -> float:
     """Largest difference per token (nats) between transformers and the ``stored`` reference log-probs [pairs, 2].
 
     Raises:

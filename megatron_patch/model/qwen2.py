@@ -47,6 +47,8 @@ def read_qwen2_config(hf_path: str | Path) -> Qwen2Config:
         raise ValueError(f"--hf-path: {path} does not exist; it must be a Hugging Face model folder") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: a JSON object is expected, not {type(raw).__name__}")
     _refuse_unsupported(path, raw)
     try:
         return _from_fields(raw)
@@ -62,10 +64,10 @@ def _refuse_unsupported(path: Path, raw: dict[str, Any]) -> None:
         raise ValueError(f"{path}: hidden_act {raw['hidden_act']!r} is not supported, only 'silu'")
     if raw.get("use_sliding_window"):
         raise ValueError(f"{path}: use_sliding_window is not supported")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ValueError(f"{path}: RoPE scaling {kind!r} is not supported")
+    for rope in (raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {}):  # transformers lets the second overrule the first
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise ValueError(f"{path}: RoPE scaling {kind!r} is not supported")
 
 
 def _from_fields(raw: dict[str, Any]) -> Qwen2Config:
@@ -75,7 +77,7 @@ def _from_fields(raw: dict[str, Any]) -> Qwen2Config:
         layers=raw["num_hidden_layers"],
         hidden=raw["hidden_size"],
         heads=heads,
-        kv_groups=raw.get("num_key_value_heads", heads),
+        kv_groups=raw.get("num_key_value_heads") or heads,
         head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
         ffn=raw["intermediate_size"],
         vocab=raw["vocab_size"],

@@ -148,7 +148,7 @@ def run_stage(parser: StageParser, run: Callable[[argparse.Namespace], str], arg
     try:
         summary, *table = run(parser.parse_args(argv)).split("\n")
     except (ValueError, OSError) as error:
-        print(f"{parser.stage}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"[error] {parser.stage}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     finally:
         signal.signal(signal.SIGTERM, before)

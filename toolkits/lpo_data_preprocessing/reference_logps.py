@@ -131,7 +131,8 @@ def score_store(reference: ReferencePass, prefix: str, weights: str) -> None:
             partial.save()
             rate = done / (time.perf_counter() - started)
             eta = (len(todo) - done) / rate
-            print_line(f"[reference] {prefix}: {len(samples) - len(todo) + done}/{len(samples)} pairs | {rate:.1f} pairs/s | ETA {eta:.0f} s")
+            scored = len(samples) - len(todo) + done
+            print_line(f"[reference] {prefix}: {scored}/{len(samples)} pairs | {rate:.1f} pairs/s | ETA {eta:.0f} s")
     if args.rank == 0:
         layout = {"tp": args.tensor_model_parallel_size, "pp": args.pipeline_model_parallel_size, "dp": args.data_parallel_size}
         identity = {"store_fingerprint": samples.stores[0].fingerprint, "weights_fingerprint": weights}

@@ -24,7 +24,7 @@ def fails(capsys):
         assert main([str(a) for a in argv]) == 2
         captured = capsys.readouterr()
         lines = captured.err.strip().splitlines()
-        assert len(lines) == 1 and ": error: " in lines[0], captured.err
+        assert len(lines) == 1 and lines[0].startswith("[error] "), captured.err
         return lines[0]
 
     return call

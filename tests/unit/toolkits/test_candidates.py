@@ -36,7 +36,7 @@ def whole(tiny_qwen, tmp_path_factory):
 
 
 def test_output(whole):
-    assert files(whole) == ["in.jsonl", "out.jsonl"]
+    assert files(whole) == ["in.jsonl", "out.jsonl", "out.jsonl.tally.json"]
     rows = read_jsonl(whole / "out.jsonl")
     assert [{k: v for k, v in row.items() if k != "candidates"} for row in rows] == RECORDS
     assert all(len(row["candidates"]) == 3 for row in rows)
@@ -65,7 +65,7 @@ def test_interrupted_run_goes_on_byte_for_byte(tiny_qwen, whole, tmp_path, monke
     assert candidates.main(command(tmp_path, tiny_qwen)) == 0
     assert f"{after} found, {3 - after} made" in capsys.readouterr().out
     assert (tmp_path / "out.jsonl").read_bytes() == (whole / "out.jsonl").read_bytes()
-    assert files(tmp_path) == ["in.jsonl", "out.jsonl"]
+    assert files(tmp_path) == ["in.jsonl", "out.jsonl", "out.jsonl.tally.json"]
 
 
 def test_a_block_made_alone_is_the_same(tiny_qwen, whole):

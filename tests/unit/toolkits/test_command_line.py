@@ -18,7 +18,7 @@ def python_m(stage, *argv):
 def test_mistake_is_one_line_and_two(tmp_path, stage):
     done = python_m(stage, "--input", write_jsonl(tmp_path / "in.jsonl", ["{"]), "--output", tmp_path / "out.jsonl")
     assert done.returncode == 2 and done.stdout == ""
-    assert len(done.stderr.splitlines()) == 1 and f"{stage}: error: {tmp_path}/in.jsonl:1: not valid JSON" in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and f"[error] {stage}: {tmp_path}/in.jsonl:1: not valid JSON" in done.stderr
     assert not (tmp_path / "out.jsonl").exists()
 
 

@@ -32,7 +32,11 @@ VALID_FRACTION=${VALID_FRACTION:-0}
 mkdir -p "$OUTPUT"
 
 splits=(train)
-[ "$VALID_FRACTION" = 0 ] || splits+=(valid)
+split_flags=()
+if [ "$VALID_FRACTION" != 0 ]; then
+  splits+=(valid)
+  split_flags=(--valid-fraction "$VALID_FRACTION" --valid-output "$OUTPUT/valid.jsonl")
+fi
 stage() { "$PYTHON" -m "toolkits.lpo_data_preprocessing.$1" "${@:2}" --overwrite; }
 
 for name in $STAGES; do
@@ -41,7 +45,7 @@ for name in $STAGES; do
     candidates) stage candidates --input "$OUTPUT/records.jsonl" --output "$OUTPUT/candidates.jsonl" --model "$HF_PATH" -n "${N:-1}" \
       --temperature "${TEMPERATURE:-1.0}" --top-p "${TOP_P:-1.0}" --max-new-tokens "${MAX_NEW_TOKENS:-1024}" --seed "${SEED:-1}" ;;
     select) stage select --method lppc --input "$OUTPUT/candidates.jsonl" --output "$OUTPUT/train.jsonl" --seed "${SEED:-1}" \
-      --valid-fraction "$VALID_FRACTION" --valid-output "$OUTPUT/valid.jsonl" ;;
+      "${split_flags[@]}" ;;
     build_pairs) for split in "${splits[@]}"; do
       stage build_pairs --input "$OUTPUT/$split.jsonl" --output "$OUTPUT/$split" --tokenizer "$HF_PATH" --max-length "${MAX_LENGTH:-4096}"
     done ;;

@@ -1,0 +1,138 @@
+"""Packing against a loop that knows nothing of shifts, masks or numpy: one sequence at a time, one token at a time."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_patch.data.packed_batch import PackedBatch, Sample, pack
+
+VOCAB = 50
+
+
+def sample(prompt, chosen, rejected, name="p", reference=None):
+    sequences = tuple(np.array([*prompt, *response], dtype=np.int32) for response in (chosen, rejected))
+    scored = tuple(np.array([False] * len(prompt) + [True] * len(response)) for response in (chosen, rejected))
+    return Sample(sequences, scored, reference, name)
+
+
+def random_pairs(rng, count, longest=12):
+    def ids():
+        return rng.integers(1, VOCAB, rng.integers(1, longest)).tolist()
+
+    return [(ids(), ids(), ids()) for _ in range(count)]
+
+
+def packed(pairs, multiple_of=1, **options):
+    samples = [sample(*pair, name=f"p{i}", **options) for i, pair in enumerate(pairs)]
+    return pack(samples, multiple_of=multiple_of, vocab_size=VOCAB, responses_per_sample=2)
+
+
+def naive(pairs):
+    """(row of tokens, starts of sequences, [(position that predicts, token, row of R)]), from lists."""
+    row, starts, predictions = [], [0], []
+    for p, (prompt, *responses) in enumerate(pairs):
+        for which, response in enumerate(responses):
+            begin = len(row)
+            for t, token in enumerate(prompt + response):
+                row.append(token)
+                if t >= len(prompt):  # a response token is predicted where the token before it was read
+                    predictions.append((begin + t - 1, token, which * len(pairs) + p))
+            starts.append(len(row))
+    return row, starts, predictions
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_pack_is_the_naive_loop(seed):
+    rng = np.random.default_rng(seed)
+    pairs = random_pairs(rng, int(rng.integers(1, 7)))
+    row, starts, predictions = naive(pairs)
+    batch = packed(pairs)
+    assert batch.tokens.tolist() == [row] and batch.tokens.dtype == torch.int64
+    assert batch.cu_seqlens.tolist() == starts and batch.cu_seqlens.dtype == torch.int32
+    assert type(batch.max_seqlen) is int and batch.max_seqlen == max(b - a for a, b in pairwise(starts))
+    scored = batch.scored
+    assert list(zip(scored.positions.tolist(), scored.targets.tolist(), scored.response.tolist(), strict=True)) == predictions
+    assert scored.responses == 2 * len(pairs)
+    assert batch.lengths.tolist() == [len(chosen) for _, chosen, _ in pairs] + [len(rejected) for _, _, rejected in pairs]
+    assert batch.names == tuple(f"p{i}" for i in range(len(pairs))) and batch.samples == len(pairs)
+
+
+def test_shift_on_one_pair_by_hand():
+    # Row: 7 8 | 1 2 9 | 7 8 | 3 9   (9 ends a response). The 1 is predicted by the 8 at position 1, the end by the token before it.
+    batch = packed([([7, 8], [1, 2, 9], [3, 9])])
+    assert batch.tokens.tolist() == [[7, 8, 1, 2, 9, 7, 8, 3, 9]]
+    assert batch.scored.positions.tolist() == [1, 2, 3, 6, 7]
+    assert batch.scored.targets.tolist() == [1, 2, 9, 3, 9]
+    assert batch.scored.response.tolist() == [0, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("multiple_of", [1, 2, 3, 8, 64])
+def test_filler_makes_the_row_divisible_and_is_a_sequence_that_nothing_scores(multiple_of):
+    rng = np.random.default_rng(multiple_of)
+    for count in range(1, 6):
+        pairs = random_pairs(rng, count)
+        row, starts, predictions = naive(pairs)
+        batch = packed(pairs, multiple_of)
+        length = batch.tokens.size(1)
+        assert length % multiple_of == 0 and length - len(row) < multiple_of
+        assert batch.tokens[0, : len(row)].tolist() == row
+        assert batch.cu_seqlens.tolist() == starts + [length] * (length > len(row))
+        assert len(batch.scored.positions) == len(predictions) and (batch.scored.positions < len(row) - 1).all()
+        assert batch.lengths.sum() == len(predictions)
+
+
+def test_a_row_that_fits_gets_no_filler():
+    batch = packed([([1], [2], [3])], multiple_of=4)
+    assert batch.tokens.tolist() == [[1, 2, 1, 3]] and batch.cu_seqlens.tolist() == [0, 2, 4]
+
+
+@pytest.mark.parametrize("responses", [1, 2])
+def test_empty_micro_batch_is_one_dummy_sequence(responses):
+    batch = pack([], multiple_of=4, vocab_size=VOCAB, responses_per_sample=responses)
+    assert batch.tokens.shape == (1, 4) and batch.cu_seqlens.tolist() == [0, 4] and batch.max_seqlen == 4
+    assert batch.samples == 0 and batch.scored.responses == 0
+    for tensor in (batch.scored.positions, batch.scored.targets, batch.scored.response, batch.lengths):
+        assert tensor.shape == (0,) and tensor.dtype == torch.int64
+    assert batch.reference.shape == (0,) and batch.reference.dtype == torch.float64
+
+
+def test_reference_follows_the_rows():
+    pairs = [([1], [2, 3], [4])] * 3
+    samples = [sample(*pair, name=str(i), reference=np.array([-1.0 - i, -10.0 - i])) for i, pair in enumerate(pairs)]
+    batch = pack(samples, multiple_of=1, vocab_size=VOCAB, responses_per_sample=2)
+    assert batch.reference.dtype == torch.float64 and batch.reference.tolist() == [-1, -2, -3, -10, -11, -12]
+    missing = packed(pairs).reference
+    assert missing.shape == (6,) and missing.isnan().all()
+
+
+def test_conversations_score_several_runs_of_one_sequence():
+    tokens = np.array([5, 6, 1, 2, 7, 3], dtype=np.int32)
+    scored = np.array([False, False, True, True, False, True])
+    batch = pack([Sample((tokens,), (scored,), None, "c")], multiple_of=1, vocab_size=VOCAB, responses_per_sample=1)
+    assert batch.scored.positions.tolist() == [1, 2, 4] and batch.scored.targets.tolist() == [1, 2, 3]
+    assert batch.lengths.tolist() == [3] and batch.scored.response.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "bad, complaint",
+    [
+        (([1, 2], [], [3]), "empty"),
+        (([1, 2], [3], []), "empty"),
+        (([], [3], [4]), "prompt is empty"),
+        (([1, VOCAB], [3], [4]), f"token id {VOCAB} .* vocabulary of {VOCAB}"),
+        (([1], [3], [4, 99]), "token id 99"),
+    ],
+)
+def test_a_bad_pair_is_named(bad, complaint):
+    good = sample([1], [2], [3], name="good-1")
+    with pytest.raises(ValueError, match=f"bad-7.*{complaint}"):
+        pack([good, sample(*bad, name="bad-7")], multiple_of=1, vocab_size=VOCAB, responses_per_sample=2)
+
+
+def test_to_moves_every_tensor():
+    batch = packed([([1], [2, 3], [4])], multiple_of=4).to("meta")
+    tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)] + list(batch.scored[:3])
+    assert len(tensors) == 7 and all(tensor.is_meta for tensor in tensors)
+    assert isinstance(batch, PackedBatch) and batch.scored.responses == 2 and batch.names == ("p0",)
