@@ -111,15 +111,14 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None = 
 
 
 def _defaults(known: argparse.Namespace) -> dict[str, Any]:
-    from megatron_patch.checkpoint.hf_files import read_config
-    from megatron_patch.checkpoint.hf_mapping import ModelShape, check_layout
+    from megatron_patch.checkpoint.hf_mapping import check_layout
     from megatron_patch.model.qwen2 import megatron_model_arguments, read_qwen2_config
 
     if known.hf_path is None:
         raise ValueError("--hf-path is required: the Hugging Face folder that gives the model's shape and initial weights")
     tp = known.tensor_model_parallel_size
     config = read_qwen2_config(known.hf_path)
-    check_layout(ModelShape.from_hf(read_config(known.hf_path)), tp)
+    check_layout(config, tp)
     shape = megatron_model_arguments(config, tp)
     shape["layernorm_epsilon"] = shape.pop("norm_epsilon")
     seq_length = known.seq_length or 4096

@@ -194,11 +194,7 @@ class TrainingRun:
         return None
 
     def _is_first_step(self) -> bool:
-        return self.args.consumed_train_samples == 0 and not self._evaluating
-
-    @property
-    def _evaluating(self) -> bool:
-        return not torch.is_grad_enabled()
+        return self.args.consumed_train_samples == 0
 
     def _report_step_zero(self, outcome: StepZero) -> None:
         if torch.distributed.get_rank() != 0:

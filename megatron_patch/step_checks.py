@@ -1,4 +1,4 @@
-"""What must hold before the optimizer may step: log-probs are finite, and at step 0 the policy is its own reference.
+"""What must hold before the optimizer may step: log-probs and gradients are finite, and at step 0 the policy is its own reference.
 
 Both verdicts are reached after the backward passes and before the optimizer, through ``config.finalize_model_grads_func``: no
 extra forward pass, every rank takes part, and when a check fails all ranks leave together with nothing stepped and nothing saved.
@@ -84,8 +84,11 @@ class StepChecks:
         self._observed: list[_Observed] = []
 
     def observe(self, batch: PackedBatch, response_logps: Tensor, losses: Tensor | None = None) -> None:
-        """Remember one micro-batch: response log-probs [R] (nats) and, for pairs, the loss of each [P]. No synchronisation."""
-        if not batch.samples:
+        """Remember one micro-batch: response log-probs [R] (nats) and, for pairs, the loss of each [P]. No synchronisation.
+
+        Evaluation has no step to hold back, so what it shows is not remembered.
+        """
+        if not batch.samples or not torch.is_grad_enabled():
             return
         logps = response_logps.detach().view(-1, batch.samples)
         ratios, kept = None, None
@@ -95,22 +98,31 @@ class StepChecks:
         self._observed.append(_Observed(batch.names, torch.isfinite(logps).all(0), ratios, kept))
 
     def wrap(self, finalize_model_grads: Callable) -> Callable:
-        """Upstream's ``finalize_model_grads`` with the judgement in front of it."""
+        """Upstream's ``finalize_model_grads`` followed by the judgement: the last call before the optimizer steps."""
 
-        def checked(*args: Any, **kwargs: Any) -> Any:
-            self._judge()
-            return finalize_model_grads(*args, **kwargs)
+        def checked(model: list[Any], *args: Any, **kwargs: Any) -> Any:
+            result = finalize_model_grads(model, *args, **kwargs)
+            self._judge(model)
+            return result
 
         return checked
 
-    def _judge(self) -> None:
+    def _judge(self, model: list[Any]) -> None:
         observed, self._observed = self._observed, []
-        bad = torch.stack([(~o.finite).any() for o in observed]).any() if observed else torch.zeros((), dtype=torch.bool)
-        verdict = bad.float().to(torch.cuda.current_device())
+        # A sum is NaN or infinite as soon as one term is; clipping would turn a NaN norm into NaN weights.
+        sums = [buffer.grad_data.sum() for chunk in model for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+        bad_gradient = ~torch.isfinite(torch.stack(sums)).all() if sums else torch.zeros(())
+        bad_logps = torch.stack([(~o.finite).any() for o in observed]).any() if observed else torch.zeros(())
+        device = torch.cuda.current_device()
+        verdict = torch.stack([bad_logps.float().to(device), bad_gradient.float().to(device)])
         torch.distributed.all_reduce(verdict, op=torch.distributed.ReduceOp.MAX)
-        if verdict.item():
+        logps_failed, gradient_failed = verdict.tolist()
+        if logps_failed:
             names = _gather([n for o in observed for n, ok in zip(o.names, o.finite.tolist(), strict=True) if not ok])
             raise AgreedError(f"log-probs are NaN or infinite for {len(names)} pairs, nothing was stepped: {', '.join(names[:8])}")
+        if gradient_failed:
+            names = _gather([n for o in observed for n in o.names])
+            raise AgreedError(f"gradients are NaN or infinite (log-probs are finite), nothing was stepped; pairs: {', '.join(names)}")
         if self.identity_loss is not None and self.fresh():
             self._judge_step_zero(_gather([row for o in observed for row in o.rows()]))
 

@@ -7,6 +7,7 @@
 
 PYTHON=${PYTHON:-$ROOT/.venv/bin/python}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
+export LPO_TRACEBACK=1 # for the log; the terminal shows the one line
 export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
 [ -n "${PYTHONWARNINGS:-}" ] || export PYTHONWARNINGS=ignore
 

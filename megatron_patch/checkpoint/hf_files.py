@@ -47,7 +47,7 @@ def read_checkpoint(hf_path: str | Path) -> tuple[ModelShape, dict[str, StoredTe
         ValueError: no such folder, a damaged or truncated file, or tensors that are missing, unexpected or of another shape.
     """
     folder = Path(hf_path)
-    shape = ModelShape.from_hf(read_config(folder))
+    shape = ModelShape.from_hf(read_config(folder), folder / "config.json")
     stored: dict[str, StoredTensor] = {}
     for file in _weight_files(folder):
         tensors = {name: tensor for name, tensor in _read_header(file).items() if not is_hf_name_ignored(name)}

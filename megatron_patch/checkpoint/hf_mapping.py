@@ -39,8 +39,8 @@ class ModelShape:
     tied: bool  # the output layer is the embedding
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> "ModelShape":
-        """From the fields of a Hugging Face config.json. Raises ValueError naming a missing field."""
+    def from_hf(cls, config: Mapping[str, Any], where: object = "config.json") -> "ModelShape":
+        """From the fields of a Hugging Face config.json, called ``where`` in errors. Raises ValueError naming a missing field."""
         try:
             heads = config["num_attention_heads"]
             return cls(
@@ -54,7 +54,7 @@ class ModelShape:
                 tied=bool(config.get("tie_word_embeddings", False)),
             )
         except KeyError as error:
-            raise ValueError(f"config.json has no field {error}") from None
+            raise ValueError(f"{where}: field {error} is missing") from None
 
 
 @dataclass(frozen=True)

@@ -8,21 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_patch.checkpoint.hf_mapping import ModelShape
+
 SUPPORTED_ARCHITECTURE = "Qwen2ForCausalLM"
 
 
 @dataclass(frozen=True)
-class Qwen2Config:
-    """The numbers of one Qwen2-class model. Sizes in elements, positions in tokens."""
+class Qwen2Config(ModelShape):
+    """The numbers of one Qwen2-class model: its shape, and what no tensor's shape says. Positions in tokens."""
 
-    layers: int
-    hidden: int
-    heads: int
-    kv_groups: int
-    head_dim: int
-    ffn: int
-    vocab: int
-    tied: bool
     rope_base: float
     norm_eps: float
     max_positions: int
@@ -50,8 +44,15 @@ def read_qwen2_config(hf_path: str | Path) -> Qwen2Config:
     if not isinstance(raw, dict):
         raise ValueError(f"{path}: a JSON object is expected, not {type(raw).__name__}")
     _refuse_unsupported(path, raw)
+    rope = raw.get("rope_parameters") or {}
     try:
-        return _from_fields(raw)
+        return Qwen2Config(
+            **vars(ModelShape.from_hf(raw, path)),
+            rope_base=float(raw["rope_theta"] if "rope_theta" in raw else rope["rope_theta"]),
+            norm_eps=float(raw["rms_norm_eps"]),
+            max_positions=raw.get("max_position_embeddings", 32768),
+            init_std=raw.get("initializer_range", 0.02),
+        )
     except KeyError as error:
         raise ValueError(f"{path}: field {error} is missing") from None
 
@@ -68,25 +69,6 @@ def _refuse_unsupported(path: Path, raw: dict[str, Any]) -> None:
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
             raise ValueError(f"{path}: RoPE scaling {kind!r} is not supported")
-
-
-def _from_fields(raw: dict[str, Any]) -> Qwen2Config:
-    rope = raw.get("rope_parameters") or {}
-    heads = raw["num_attention_heads"]
-    return Qwen2Config(
-        layers=raw["num_hidden_layers"],
-        hidden=raw["hidden_size"],
-        heads=heads,
-        kv_groups=raw.get("num_key_value_heads") or heads,
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-        ffn=raw["intermediate_size"],
-        vocab=raw["vocab_size"],
-        tied=bool(raw.get("tie_word_embeddings", False)),
-        rope_base=float(raw["rope_theta"] if "rope_theta" in raw else rope["rope_theta"]),
-        norm_eps=float(raw["rms_norm_eps"]),
-        max_positions=raw.get("max_position_embeddings", 32768),
-        init_std=raw.get("initializer_range", 0.02),
-    )
 
 
 def megatron_model_arguments(config: Qwen2Config, tp: int) -> dict[str, Any]:

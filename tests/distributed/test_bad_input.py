@@ -2,6 +2,8 @@
 
 import os
 import re
+import runpy
+import shutil
 import subprocess
 import sys
 import time
@@ -107,6 +109,15 @@ def missing_model(bench: Bench) -> Mistake:
     return Mistake(("--hf-path", bench.root / "nowhere"), ("--hf-path", "nowhere/config.json"))
 
 
+def wrong_tokenizer(bench: Bench) -> Mistake:
+    """The model's folder has a tokenizer, and the store was made with another one."""
+    folder = bench.folder("with-tokenizer")
+    shutil.copytree(bench.models["tied"], folder)
+    make_tokenizer = runpy.run_path(str(harness.ROOT / "scripts/make_tiny_qwen.py"))["make_tokenizer"]
+    make_tokenizer(["one and two are three"], 400, "You count.").save_pretrained(folder)
+    return Mistake(("--hf-path", folder), ("another tokenizer", f"{bench.pairs.name}.json"))
+
+
 def pair_too_long(bench: Bench) -> Mistake:
     """The longest pair has 80 tokens, its prompt counted twice."""
     return Mistake(("--max-tokens-per-micro-batch", 79), ("p001", "80", "79", "--max-tokens-per-micro-batch"))
@@ -151,7 +162,7 @@ def indivisible_batch(bench: Bench) -> Mistake:
 BOTH: list[tuple[Callable[[Bench], Mistake], int]] = [
     (heads_not_divisible, 3), (missing_weights, 2), (truncated_store, 2), (missing_store, 1), (store_of_another_kind, 1),
     (malformed_preset, 1), (unknown_flag_in_preset, 1), (missing_preset, 1), (missing_model, 2), (pair_too_long, 2), (upstream_refuses, 1),
-    (not_a_number, 1), (too_few_ranks, 1), (no_data, 1),
+    (not_a_number, 1), (too_few_ranks, 1), (no_data, 1), (wrong_tokenizer, 2),
 ]  # fmt: skip
 TRAIN_ONLY: list[tuple[Callable[[Bench], Mistake], int]] = [
     (unknown_loss, 2),

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import sys
 import tempfile
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -37,6 +38,7 @@ SCENARIOS = {
     "nan, mismatch allowed": (([[("a", NAN, 0.0, 2.0)]], [[]]), {"allow_mismatch": True}),
     "empty micro-batches": (([[], [("a", 0.0, 0.0, 2.0)], []], [[], []]), {}),
     "last stage elsewhere": ((EQUAL, []), {}),
+    "infinite gradient": (([[("a", 0.0, 0.0, 2.0)]], [[("b", 0.0, 0.0, 2.0)]]), {"gradient": {1: float("inf")}}),
     "missing reference": (([[("a", "no reference", 0.0, 2.0)]], [[]]), {}),
 }
 
@@ -57,24 +59,30 @@ def batch_of(pairs):
     return batch, policy, torch.tensor(losses, dtype=torch.float64)
 
 
+def chunk(gradient=1.0):
+    """A model chunk as DDP wraps it, with one gradient buffer."""
+    return SimpleNamespace(buffers=[SimpleNamespace(grad_data=torch.tensor([0.5, gradient]))], expert_parallel_buffers=[])
+
+
 def play(rank, scenario, options):
     """One step: what was reported, what was raised, and whether upstream's function was reached with its arguments and answer."""
     outcomes, reached = [], []
     settings = {"dtype": torch.float32, "identity_loss": 2.0, "fresh": lambda: True, "on_step_zero": outcomes.append, **options}
+    gradient = settings.pop("gradient", {}).get(rank, 1.0)
     checks = StepChecks(**settings)
     finalize = checks.wrap(lambda *args, **kwargs: reached.append((args, kwargs)) or "answer")
     for pairs in scenario[rank]:
         checks.observe(*batch_of(pairs))
     try:
-        answer, error = finalize([1], count=3), None
+        answer, error = finalize([chunk(gradient)], count=3), None
     except AgreedError as refused:
         answer, error = None, str(refused)
     # The next step starts with nothing remembered.
     checks.fresh = lambda: False
-    finalize([2], count=4)
+    finalize([chunk()], count=4)
     return {
         "outcome": [dataclasses.asdict(o) for o in outcomes], "error": error, "answer": answer,
-        "reached": reached == ([] if error else [(([1],), {"count": 3})]) + [(([2],), {"count": 4})],
+        "reached": [kwargs for _, kwargs in reached] == [{"count": 3}, {"count": 4}],
     }  # fmt: skip
 
 

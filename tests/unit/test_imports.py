@@ -16,7 +16,7 @@ INWARD = {
     "preference": set(),
     "evaluation": set(),
     "data": {"preference"},
-    "model": {"preference"},
+    "model": {"checkpoint", "preference"},
     "checkpoint": set(),
     "objectives": {"data", "preference"},
     "arguments": {"preference", "model", "checkpoint", "data"},

@@ -23,7 +23,7 @@ def seen(tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [json.loads(Path(f"{out}.{rank}").read_text()) for rank in range(2)]
-    assert all(part["reached"] for rank in ranks for part in rank.values()), "upstream's function: called once, and only when all is well"
+    assert all(part["reached"] for rank in ranks for part in rank.values()), "upstream's function: called once a step, with its arguments"
     return ranks
 
 
@@ -66,6 +66,11 @@ def test_pairs_that_ranks_share_count_once(seen):
     (outcome,) = both(seen, "off, on both ranks alike")["outcome"]
     assert outcome["pairs"] == 3 and outcome["worst_pair"] == "p1"
     assert outcome["loss"] == pytest.approx((2 + 1 + 2.5) / 3)
+
+
+def test_infinite_gradient_of_one_rank_stops_both(seen):
+    error = both(seen, "infinite gradient")["error"]
+    assert error.startswith("gradients are NaN or infinite") and error.endswith("pairs: a, b")
 
 
 def test_tolerances(seen):
