@@ -103,9 +103,7 @@ def test_mask_off_by_one_in_both_passes_is_caught_by_transformers(bench: Bench) 
 
 
 @pytest.mark.parametrize(("layout", "reference_layout"), [("tp2-sp", "one"), pytest.param("pp2", "tp2-sp", marks=pytest.mark.ci)])
-def test_bfloat16_passes_its_gate(
-    bench: Bench, layout: str, reference_layout: str, record_property: Callable[[str, object], None]
-) -> None:
+def test_bfloat16_passes_its_gate(bench: Bench, layout: str, reference_layout: str, record_property: Callable[[str, object], None]) -> None:
     """Reference and policy in bfloat16 at different layouts; measured: mean 1.9e-3, at most 6.9e-3 nats per token."""
     data = bench.reference("tied", reference_layout, "--bf16")
     outcome = step_zero(bench.train(layout, data, "--train-iters", 1, "--bf16"))
