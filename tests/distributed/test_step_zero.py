@@ -108,7 +108,7 @@ def test_bfloat16_passes_its_gate(bench: Bench, layout: str, reference_layout: s
     data = bench.reference("tied", reference_layout, "--bf16")
     outcome = step_zero(bench.train(layout, data, "--train-iters", 1, "--bf16"))
     record_property("worst", (largest(outcome), outcome["mean_abs_logratio_per_token"], outcome["loss"]))
-    assert outcome["mean_abs_logratio_per_token"] <= 2e-3 and largest(outcome) <= 5e-2
+    assert outcome["mean_abs_logratio_per_token"] <= 5e-3 and largest(outcome) <= 5e-2
 
 
 @pytest.mark.parametrize(
