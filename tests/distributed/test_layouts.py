@@ -86,3 +86,11 @@ def test_an_empty_micro_batch_changes_nothing(bench: Bench) -> None:
     judge, rows = (harness.metrics(bench.train(layout, bench.reference(), *flags)) for layout in ("one", "vpp2"))
     assert {row["micro_batches"] for row in rows} == {2}
     assert max(worst(rows, judge, name) for name in ("loss", "grad_norm")) <= TOLERANCE
+
+
+def test_many_buckets_gathered_late(bench: Bench) -> None:
+    """An untied output layer in a bucket of its own, gathered while the forward pass runs: nobody may use it before it has arrived."""
+    data = bench.reference("untied")
+    judge = harness.metrics(bench.train("one", data, "--loss-type", "sigmoid", model="untied"))
+    rows = harness.metrics(bench.train("dp2-do", data, "--loss-type", "sigmoid", "--ddp-bucket-size", 10000, model="untied"))
+    assert max(worst(rows, judge, name) for name in ("loss", "grad_norm")) <= TOLERANCE

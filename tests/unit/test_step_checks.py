@@ -76,7 +76,7 @@ def test_infinite_gradient_of_one_rank_stops_both(seen):
 def test_tolerances(seen):
     assert "a; loss" in both(seen, "just outside float32")["error"]
     # In bfloat16 each pair may be far off, but not all of them.
-    assert "mean 0.003 (allowed 0.002)" in both(seen, "bfloat16 mean")["error"]
+    assert "mean 0.006 (allowed 0.005)" in both(seen, "bfloat16 mean")["error"]
 
 
 @pytest.mark.parametrize("name", ["not fresh", "no reference"])
@@ -103,4 +103,4 @@ def test_complaint_follows_the_larger_side_and_nan_never_passes():
     assert outcome(1e-5, 1e-5, 1e-5).complaint(torch.float32) is None
     for bad in (outcome(2e-5, 0.0, 0.0), outcome(0.0, 2e-5, 0.0), outcome(0.0, 0.0, 2e-5), outcome(0.0, 0.0, math.nan)):
         assert bad.complaint(torch.float32)
-    assert outcome(5e-2, 0.0, 2e-3).complaint(torch.bfloat16) is None and outcome(6e-2, 0.0, 0.0).complaint(torch.bfloat16)
+    assert outcome(5e-2, 0.0, 5e-3).complaint(torch.bfloat16) is None and outcome(6e-2, 0.0, 0.0).complaint(torch.bfloat16)
