@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from megatron_patch.preference.losses import LOSSES, LossOptions, describe_losses, loss_options
+from megatron_patch.preference.losses import LossOptions, describe_losses, loss_options
 
 TRAIN_MODES = ("finetune", "xpo")
 DEVICES = ("auto", "cuda", "cpu")
@@ -89,13 +89,22 @@ class _PresetParser(argparse.ArgumentParser):
             presets = ", ".join(word[1:] for word in arg_strings if word.startswith("@"))
             raise ValueError(f"{presets}: {error}" if presets else str(error)) from None
 
+    def format_help(self) -> str:
+        """Megatron's help texts hold a bare % here and there, which argparse cannot format."""
+        for action in self._actions:
+            try:
+                _ = (action.help or "") % {**vars(action), "prog": self.prog}
+            except (ValueError, TypeError, KeyError):
+                action.help = (action.help or "").replace("%", "%%")
+        return super().format_help()
+
     def error(self, message: str) -> Any:
         """Raise ValueError: the entry prints it in one line."""
         raise ValueError(message)
 
 
-def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
-    """Add our flags to Megatron's parser and set the defaults that follow from device and checkpoint."""
+def add_arguments(parser: argparse.ArgumentParser, device: str, argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
+    """Add our flags to Megatron's parser and set the defaults that follow from ``device`` ("cuda" or "cpu") and checkpoint."""
     parser.__class__ = _PresetParser
     parser.fromfile_prefix_chars = "@"
     group = parser.add_argument_group(title="preference optimisation")
@@ -106,11 +115,11 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None = 
         group.add_argument("--" + item.name.replace("_", "-"), **options)
     group.add_argument("--help-losses", nargs=0, action=_HelpLosses, help="print every loss with paper, options and defaults")
     known, _ = parser.parse_known_args(argv)
-    parser.set_defaults(**_defaults(known))
+    parser.set_defaults(**_defaults(known, device))
     return parser
 
 
-def _defaults(known: argparse.Namespace) -> dict[str, Any]:
+def _defaults(known: argparse.Namespace, device: str) -> dict[str, Any]:
     from megatron_patch.checkpoint.hf_mapping import check_layout
     from megatron_patch.model.qwen2 import megatron_model_arguments, read_qwen2_config
 
@@ -119,6 +128,7 @@ def _defaults(known: argparse.Namespace) -> dict[str, Any]:
     tp = known.tensor_model_parallel_size
     config = read_qwen2_config(known.hf_path)
     check_layout(config, tp)
+    _check_ranks(known)
     shape = megatron_model_arguments(config, tp)
     shape["layernorm_epsilon"] = shape.pop("norm_epsilon")
     seq_length = known.seq_length or 4096
@@ -130,7 +140,21 @@ def _defaults(known: argparse.Namespace) -> dict[str, Any]:
         derived |= {"eval_iters": 1, "eval_interval": 100}
     if known.epochs is not None:
         derived["train_iters"] = _iterations(known)
-    return {**_RUN_DEFAULTS, **shape, **derived, **_device_defaults(choose_device(known.device))}
+    return {**_RUN_DEFAULTS, **shape, **derived, **_device_defaults(device)}
+
+
+def _check_ranks(known: argparse.Namespace) -> None:
+    """Upstream's own messages on these two do not name the flags to change."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    tp, pp, cp = known.tensor_model_parallel_size, known.pipeline_model_parallel_size, known.context_parallel_size
+    if world % (tp * pp * cp):
+        raise ValueError(f"{world} processes cannot be cut into --tensor-model-parallel-size {tp} x --pipeline-model-parallel-size {pp}")
+    ranks, batch = world // (tp * pp * cp), known.global_batch_size
+    if batch and batch % ranks:
+        raise ValueError(
+            f"--global-batch-size {batch} is not a multiple of the {ranks} data-parallel ranks that {world} processes at TP {tp} x PP {pp} "
+            "make; change it, or the layout"
+        )
 
 
 def _iterations(known: argparse.Namespace) -> int:
@@ -196,9 +220,7 @@ def choose_device(requested: str) -> str:
     """
     if requested == "cpu":
         return "cpu"
-    # After the CPU backend is installed torch.cuda claims to be available; its name for the device tells the truth.
-    sees_gpu = torch.cuda.is_available() and torch.cuda.get_device_name(0) != "cpu"
-    if sees_gpu:
+    if torch.cuda.is_available():
         return "cuda"
     if requested == "cuda":
         raise ValueError("--device cuda: torch sees no GPU")
@@ -231,8 +253,3 @@ def given_loss_options(args: argparse.Namespace) -> LossOptions:
             raise ValueError(f"--anchor {args.anchor} contradicts --{'' if args.add_sft_loss else 'no-'}add-sft-loss")
         given["anchor"] = meant
     return loss_options(args.loss_type, **given)
-
-
-def loss_names() -> list[str]:
-    """The names that --loss-type knows."""
-    return sorted(LOSSES)

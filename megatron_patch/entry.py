@@ -13,16 +13,18 @@ from megatron_patch.arguments import add_arguments
 from megatron_patch.errors import AgreedError
 
 
-def parse_arguments(add: Callable[[argparse.ArgumentParser], None] = lambda parser: None) -> argparse.Namespace:
+def parse_arguments(device: str, add: Callable[[argparse.ArgumentParser], None] = lambda parser: None) -> argparse.Namespace:
     """Megatron's and our flags, validated. Upstream's complaints about flags become ValueError like our own.
 
-    ``add`` may put an entry's own flags and defaults on the parser.
+    ``device`` is what ``choose_device`` said; ``add`` may put an entry's own flags and defaults on the parser.
     """
+    # Tensor parallelism wants it before Blackwell (training/arguments.py:1437), and CUDA reads it when it is initialised.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     from megatron.training.arguments import parse_and_validate_args
 
     def provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         add(parser)
-        return add_arguments(parser)
+        return add_arguments(parser, device)
 
     try:
         return parse_and_validate_args(extra_args_provider=provider)

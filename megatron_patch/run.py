@@ -18,12 +18,13 @@ from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.checkpointing import checkpoint_exists
+from megatron.training.global_vars import get_signal_handler
 
 from megatron_patch import loop_hooks
 from megatron_patch.arguments import given_loss_options
 from megatron_patch.checkpoint import torch_adam
 from megatron_patch.checkpoint.hf_files import weights_fingerprint
-from megatron_patch.checkpoint.hf_io import load_hf_weights, save_hf_weights
+from megatron_patch.checkpoint.hf_io import load_hf_weights, refuse_foreign_folder, save_hf_weights
 from megatron_patch.data.batch_plan import BatchPlan, PairOrder
 from megatron_patch.data.pair_dataset import MicroBatchStream, SampleSet, parse_weighted_prefixes
 from megatron_patch.data.tokenizer_identity import folder_tokenizer_fingerprint
@@ -55,14 +56,22 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--micro-batch-size {args.micro_batch_size}: micro-batches are planned from tokens; use --max-tokens-per-micro-batch"
         )
-    if args.global_batch_size and args.global_batch_size % args.data_parallel_size:
-        raise ValueError(f"--global-batch-size {args.global_batch_size} is not a multiple of {args.data_parallel_size} data-parallel ranks")
-    if args.save_hf and Path(args.save_hf).is_dir() and any(Path(args.save_hf).iterdir()):
-        raise ValueError(f"--save-hf: {args.save_hf} exists and is not empty: an export never overwrites")
+    if args.fp16:
+        raise ValueError("--fp16 is not supported: its loss scaler needs overflows that our checks stop at; use --bf16")
+    if args.save_hf:
+        refuse_foreign_folder(Path(args.save_hf))
+    _check_tracker(args)
     if not args.skip_train:
         _check_schedule(args)
     if args.train_mode == "xpo":
         given_loss_options(args)
+
+
+def _check_tracker(args: argparse.Namespace) -> None:
+    """Upstream leaves with exit code 0, having trained nothing, when the tracker file is damaged (checkpointing.py:366)."""
+    tracker = Path(args.load or "") / "latest_checkpointed_iteration.txt"
+    if args.load and tracker.exists() and not tracker.read_text(encoding="utf-8").strip():
+        raise ValueError(f"{tracker}: empty; write the number of the last complete iter_ folder into it, or name one with --ckpt-step")
 
 
 def _check_schedule(args: argparse.Namespace) -> None:
@@ -147,6 +156,11 @@ def full_pass(args: argparse.Namespace, samples: SampleSet, vocab_size: int) -> 
     return stream(args, samples, PairOrder(samples.sizes, seed=0, shuffle=False), len(samples), vocab_size)
 
 
+def _asked_to_stop() -> bool:
+    """True when ``--exit-signal`` reached any rank: saved and left, please requeue. Collective: all ranks leave the loop together."""
+    return any(get_signal_handler().signals_received())
+
+
 class TrainingRun:
     """What ``pretrain`` needs: ``forward_step`` and ``dataset_provider``; built before megatron is initialised.
 
@@ -184,7 +198,7 @@ class TrainingRun:
 
     def _check_parity(self) -> None:
         """Rank 0 compares the stored reference of two pairs with transformers; all ranks share its verdict. Collective."""
-        args, reference = self.args, self.train.first_references(2)
+        args, reference = self.args, self.train.shortest_references(2)
         if not args.parity_check or args.allow_reference_mismatch or args.iteration or reference is None:
             return
         complaint: list[str | None] = [self._parity_complaint(reference) if args.rank == 0 else None]
@@ -193,7 +207,7 @@ class TrainingRun:
             raise AgreedError(complaint[0])
 
     def _parity_complaint(self, reference: tuple[list[tuple[np.ndarray, ...]], np.ndarray, str]) -> str | None:
-        if not parity.fits_in_memory(self.args.hf_path):
+        if not parity.affordable(self.args.hf_path, sum(len(part) for pair in reference[0] for part in pair)):
             self.hooks.console(f"[{self.args.train_mode}] parity check skipped: {self.args.hf_path} is too large for one process")
             return None
         try:
@@ -224,8 +238,10 @@ class TrainingRun:
         try:
             yield
             state = "finished"
-        except SystemExit as stop:  # upstream leaves so after a signal, having saved
-            state = "preempted" if not stop.code else "stopped"
+        except SystemExit as stop:  # how upstream leaves the loop early
+            if self.hooks.iteration is None and not stop.code:
+                raise SystemExit(1) from stop  # it never got to a step
+            state = "preempted" if self.args.exit_signal_handler and _asked_to_stop() else "stopped"
             raise
         finally:
             if self.save is not None and self.args.rank == 0 and self.save.is_dir():

@@ -15,7 +15,9 @@ from megatron_patch.data.packed_batch import PackedBatch
 from megatron_patch.errors import AgreedError
 
 # Largest |log-ratio| per token (nats) of any response, and its mean over responses, that count as "the same model".
-TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (5e-2, 5e-3), torch.float16: (5e-2, 5e-3)}
+TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (5e-2, 5e-3)}
+# Relative difference between the loss and its value at policy = reference; sums over long responses add up what is allowed per token.
+LOSS_TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 0.25}
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class StepZero:
         """None when policy and reference agree within the tolerance of ``dtype``, else one line that says what differs."""
         largest = max(self.max_abs_chosen_logratio_per_token, self.max_abs_rejected_logratio_per_token)
         max_allowed, mean_allowed = TOLERANCE[dtype]
-        if largest <= max_allowed and self.mean_abs_logratio_per_token <= mean_allowed:
+        same_model = largest <= max_allowed and self.mean_abs_logratio_per_token <= mean_allowed
+        if same_model and abs(self.loss - self.identity_loss) <= LOSS_TOLERANCE[dtype] * max(1.0, abs(self.identity_loss)):
             return None
         return (
             f"at step 0 the policy is not its reference: |log-ratio| per token up to {largest:.3g} nats (allowed {max_allowed:g} in "

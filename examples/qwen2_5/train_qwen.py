@@ -25,7 +25,7 @@ def main(argv: list[str]) -> None:
 
     from megatron_patch.run import TrainingRun
 
-    run = TrainingRun(parse_arguments(), device)
+    run = TrainingRun(parse_arguments(device), device)
     if run.args.check:
         return
     config = pretrain_cfg_container_from_args(run.args, run.model_config())

@@ -52,6 +52,7 @@ COPIED_FILES = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
     "added_tokens.json", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+MARKER = "export.json"  # says that a folder was written here, so it may be replaced
 DEFAULT_SHARD_BYTES = 5 * 10**9  # the size that the Hub's tools use
 
 FilePlan = list[list[tuple[str, list[str]]]]  # for each pipeline stage its files: name, and the tensors in it
@@ -108,13 +109,13 @@ def save_hf_weights(
 
     Args:
         model_chunks: this rank's GPTModel chunks.
-        out_dir: the folder to make; it must not exist, or be empty.
+        out_dir: the folder to make; it must not exist, be empty, or hold an earlier export, which is replaced.
         source_hf_path: the checkpoint that the model came from: config.json, generation config and tokenizer files are taken from it.
         dtype: of the written tensors.
         max_shard_bytes: upper bound of one file's tensors in bytes; a larger tensor gets a file of its own.
 
     Raises:
-        ValueError: on every rank: out_dir is not empty, the dtype cannot be stored, the model and config.json do not match.
+        ValueError: on every rank: out_dir holds something else, the dtype cannot be stored, the model and config.json do not match.
     """
     out, source = Path(out_dir), Path(source_hf_path)
     if dtype not in DTYPES:
@@ -181,9 +182,14 @@ def _compare_tied(shape: ModelShape, stored: dict[str, StoredTensor], rows_at_on
                 raise ValueError(f"config.json ties the embeddings, but {OUTPUT} differs from {EMBEDDING} in {stored[OUTPUT].file}")
 
 
+def refuse_foreign_folder(out: Path) -> None:
+    """Raise ValueError if ``out`` holds anything but an earlier export, known by its ``export.json``."""
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / MARKER).exists())):
+        raise ValueError(f"{out} exists, is not empty and is no earlier export (no {MARKER} in it): it is not overwritten")
+
+
 def _make_empty_folder(out: Path, temporary: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not empty: an export never overwrites")
+    refuse_foreign_folder(out)
     if temporary.exists():
         shutil.rmtree(temporary)  # left behind by an export that was killed
     temporary.mkdir(parents=True)
@@ -258,6 +264,7 @@ def _add_other_files(folder: Path, source: Path, config: dict[str, Any], files: 
         shapes = hf_tensors(ModelShape.from_hf(config))
         total = sum(math.prod(full) * dtype.itemsize for full in shapes.values())
         write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_json(folder / MARKER, {"source": str(source), "dtype": str(dtype).removeprefix("torch.")})
     fields = [field for field in ("torch_dtype", "dtype") if field in config] or ["torch_dtype"]
     write_json(folder / "config.json", {**config, **dict.fromkeys(fields, str(dtype).removeprefix("torch."))})
     for name in COPIED_FILES:
@@ -266,9 +273,14 @@ def _add_other_files(folder: Path, source: Path, config: dict[str, Any], files: 
 
 
 def _publish(temporary: Path, out: Path) -> None:
-    """The one rename that makes the export exist."""
+    """The one rename that makes the export exist; an earlier one is moved aside before it and removed after it."""
     sync_folder(temporary)
+    earlier = out.with_name(f".{out.name}.replaced")
+    if earlier.exists():
+        shutil.rmtree(earlier)
     if out.exists():
-        out.rmdir()
+        out.rename(earlier)
     temporary.rename(out)
     sync_folder(out.parent)
+    if earlier.exists():
+        shutil.rmtree(earlier)

@@ -108,13 +108,13 @@ class SampleSet:
             name=self.name(which, document),
         )
 
-    def first_references(self, count: int) -> tuple[list[tuple[np.ndarray, ...]], np.ndarray, str] | None:
-        """The first pairs of the first store, their reference log-probs [count, 2] and the dtype these were computed in."""
+    def shortest_references(self, count: int) -> tuple[list[tuple[np.ndarray, ...]], np.ndarray, str] | None:
+        """The shortest pairs of the first store, their reference log-probs [count, 2] and the dtype these were computed in."""
         if self._reference is None:
             return None
-        count = min(count, self.sizes[0])
+        shortest = np.argsort(self.tokens[: self.sizes[0]], kind="stable")[:count]
         dtype = reference_record(self.stores[0])["dtype"]
-        return [self.stores[0][i] for i in range(count)], self._reference[0][:count], dtype
+        return [self.stores[0][int(i)] for i in shortest], self._reference[0][shortest], dtype
 
     def name(self, store: int, document: int) -> str:
         """What errors call a sample: its id and the store it is in."""

@@ -14,16 +14,22 @@ import torch
 # Nats per token, by the dtype the reference was computed in (transformers computes in float32).
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-2}
 
+MAX_FLOPS = 1e13  # 2 per parameter and token: two minutes on one core, of the ten that a collective waits
+
 
 def checkpoint_bytes(hf_path: str | Path) -> int:
     """Size of a checkpoint's safetensors files, in bytes."""
     return sum(file.stat().st_size for file in Path(hf_path).glob("*.safetensors"))
 
 
-def fits_in_memory(hf_path: str | Path) -> bool:
-    """True when a float32 copy of the checkpoint takes at most a quarter of this machine's memory."""
+def affordable(hf_path: str | Path, tokens: int) -> bool:
+    """True when one process can score ``tokens`` tokens while the other ranks wait.
+
+    A float32 copy of the checkpoint may take a quarter of this machine's memory, and a forward pass ``MAX_FLOPS``.
+    """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return 2 * checkpoint_bytes(hf_path) <= memory // 4
+    size = checkpoint_bytes(hf_path)  # two bytes a parameter, as published; a float32 checkpoint counts double
+    return 2 * size <= memory // 4 and size * tokens <= MAX_FLOPS
 
 
 Pair = tuple[np.ndarray, ...]  # prompt, chosen and rejected token ids

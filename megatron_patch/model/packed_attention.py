@@ -29,7 +29,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tens
     """
     lengths = cu_seqlens[1:] - cu_seqlens[:-1]
     sequences = lengths.numel()
-    row = torch.repeat_interleave(torch.arange(sequences, device=query.device), lengths)
+    row = torch.repeat_interleave(torch.arange(sequences, device=query.device), lengths, output_size=query.size(0))
     slot = row * max_seqlen + torch.arange(query.size(0), device=query.device) - cu_seqlens[:-1].long()[row]  # [T] into S * L
 
     def spread(packed: Tensor) -> Tensor:  # [T, H, D] -> [S, H, L, D]

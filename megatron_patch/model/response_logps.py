@@ -54,7 +54,6 @@ def vocab_parallel_logps(logits: Tensor, targets: Tensor, vocab_size: int, group
     """
     rows = logits.size(-1)
     first_row = rows * torch.distributed.get_rank(group)
-    logits = logits.float()
     if first_row + rows > vocab_size:
         logits = logits.masked_fill(torch.arange(first_row, first_row + rows, device=logits.device) >= vocab_size, float("-inf"))
     return _VocabParallelLogProb.apply(logits, targets, first_row, group)
@@ -82,6 +81,7 @@ def response_logps(
     for hook in output_layer._forward_pre_hooks.values():
         hook(output_layer, ())
     weight = output_weight if output_weight is not None else output_layer.weight
-    logits = torch.nn.functional.linear(hidden.squeeze(1).index_select(0, context.positions), weight)
+    # float32, because bfloat16 logits of 16 to 32 are 0.125 apart: policy and reference would differ by rounding alone.
+    logits = torch.nn.functional.linear(hidden.squeeze(1).index_select(0, context.positions).float(), weight.float())
     logps = vocab_parallel_logps(logits, context.targets, vocab_size, parallel_state.get_tensor_model_parallel_group())
     return sum_by_response(logps, context)

@@ -89,7 +89,7 @@ def _rank(rank: int, ranks: int, port: int, entry: str, argv: list[str], log: st
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **{"LPO_TRACEBACK": "1", **environment},
     )  # fmt: skip
-    sys.argv = [entry, *argv]
+    sys.argv = [entry, *argv, "--device", "cpu"]  # also on a machine with GPUs
     os.chdir(ROOT)
     runpy.run_path(entry, run_name="__main__")
     sys.stdout.flush()

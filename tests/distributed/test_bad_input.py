@@ -146,7 +146,7 @@ def upstream_refuses(bench: Bench) -> Mistake:
 
 def too_few_ranks(bench: Bench) -> Mistake:
     """2 stages on one process."""
-    return Mistake(("--pipeline-model-parallel-size", 2), ("world size",))
+    return Mistake(("--pipeline-model-parallel-size", 2), ("1 processes", "--pipeline-model-parallel-size 2"))
 
 
 def no_data(bench: Bench) -> Mistake:
@@ -160,8 +160,8 @@ def warm_up_longer_than_the_run(bench: Bench) -> Mistake:
 
 
 def indivisible_batch(bench: Bench) -> Mistake:
-    """3 pairs a step over 2 data-parallel ranks; upstream notices first and speaks of its evaluation batch."""
-    return Mistake(("--global-batch-size", 3), ("(3)", "data_parallel_size (2)"))
+    """3 pairs a step over 2 data-parallel ranks."""
+    return Mistake(("--global-batch-size", 3), ("--global-batch-size 3", "2 data-parallel ranks"))
 
 
 BOTH: list[tuple[Callable[[Bench], Mistake], int]] = [
@@ -222,8 +222,19 @@ def test_export_never_overwrites(bench: Bench) -> None:
     save, taken = bench.folder("refused"), bench.models["other"]
     flags = [*bench.flags(bench.reference(), "--train-iters", 1), "--save", save, "--save-hf", taken]
     run = harness.launch(2, TRAIN, flags, Path(f"{save}.log"), {"LPO_TRACEBACK": ""})
-    assert_one_line(run, (str(taken), "not empty"))
+    assert_one_line(run, (str(taken), "not overwritten"))
     assert not (save / "metrics.jsonl").exists()
+
+
+def test_empty_tracker_is_refused(bench: Bench) -> None:
+    """Upstream would leave with exit code 0, having trained nothing."""
+    save = bench.folder("refused")
+    save.mkdir()
+    (save / "latest_checkpointed_iteration.txt").write_text("")
+    flags = [*bench.flags(bench.reference()), "--save", save, "--load", save]
+    run = harness.launch(1, TRAIN, flags, Path(f"{save}.log"), {"LPO_TRACEBACK": ""})
+    assert_one_line(run, ("latest_checkpointed_iteration.txt", "empty"))
+    assert not (save / "run_state.json").exists()
 
 
 @pytest.mark.ci

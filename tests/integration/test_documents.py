@@ -29,7 +29,7 @@ from megatron_patch.arguments import add_arguments, given_loss_options
 sys.argv = ["train_qwen.py", *sys.argv[1:]]
 for preset in sys.argv[2:]:
     argv = ["@" + preset, "--hf-path", sys.argv[1]]
-    parser = add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)), argv)
+    parser = add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)), "cpu", argv)
     args = parser.parse_args(argv)
     options = given_loss_options(args) if args.train_mode == "xpo" else None
     print(preset.rpartition("/")[2], args.train_mode, args.lr, args.min_lr, args.global_batch_size, args.lr_warmup_iters,

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from megatron_patch import arguments
-from megatron_patch.arguments import PatchArguments, add_arguments, choose_device, given_loss_options, loss_names, requested_device
+from megatron_patch.arguments import PatchArguments, add_arguments, choose_device, given_loss_options, requested_device
 from megatron_patch.preference.losses import LOSSES, loss_options
 
 ROOT = Path(__file__).parents[2]
@@ -49,7 +49,7 @@ def hf_path(tmp_path_factory):
 
 def parse(words, hf_path):
     words = ["--hf-path", hf_path, "--device", "cpu", *words]
-    return add_arguments(megatron_parser(), words).parse_args(words)
+    return add_arguments(megatron_parser(), "cpu", words).parse_args(words)
 
 
 def options_of(words):
@@ -77,14 +77,15 @@ def test_every_default_we_set_is_an_argument_that_megatron_has(hf_path):
     parser = megatron_parser()
     known = {action.dest for action in parser._actions}
     words = ["--hf-path", hf_path, "--device", "cpu", "--save", "s", "--valid-pair-data", "v"]
-    add_arguments(parser, words)
+    add_arguments(parser, "cpu", words)
     ours = {item.name for item in dataclasses.fields(PatchArguments)}
     assert set(parser._defaults) - known - ours == set()
     for device in ("cpu", "cuda"):
         assert set(arguments._device_defaults(device)) <= known
 
 
-def test_shape_comes_from_config_json(hf_path):
+def test_shape_comes_from_config_json(hf_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
     config = json.loads(SMALLEST.read_text())
     args = parse(["--tensor-model-parallel-size", "2"], hf_path)
     assert (args.num_layers, args.hidden_size, args.ffn_hidden_size) == (24, 896, 4864) == (
@@ -121,7 +122,24 @@ def test_impossible_command_lines_are_one_line_errors(hf_path):
             parse(words, hf_path)
         assert "\n" not in str(refusal.value)
     with pytest.raises(ValueError, match="--hf-path is required"):
-        add_arguments(megatron_parser(), [])
+        add_arguments(megatron_parser(), "cpu", [])
+
+
+def test_layout_that_does_not_fit_the_job_names_the_flags(hf_path, monkeypatch):
+    """Four nodes of eight devices, and a preset's 12 pairs a step."""
+    monkeypatch.setenv("WORLD_SIZE", "32")
+    with pytest.raises(ValueError, match="--global-batch-size 12 is not a multiple of the 32 data-parallel ranks"):
+        parse(["--global-batch-size", "12"], hf_path)
+    with pytest.raises(ValueError, match="32 processes cannot be cut into .* 2 x --pipeline-model-parallel-size 3"):
+        parse(["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "3"], hf_path)
+
+
+def test_help_can_be_printed(capsys):
+    """Upstream's help texts hold a bare %."""
+    with pytest.raises(SystemExit) as left:
+        add_arguments(megatron_parser(), "cpu", ["--help"])
+    shown = capsys.readouterr().out
+    assert left.value.code == 0 and "--anchor-slack" in shown and "--tensor-model-parallel-size" in shown
 
 
 def test_preset_lines_hold_several_flags_and_comments(tmp_path, hf_path):
@@ -160,9 +178,8 @@ def test_presets_are_the_papers_numbers(preset, hf_path):
     assert (options.loss_type, options.beta, options.anchor_weight, options.r1, options.anchor) == ("lpo-ste", 0.2, 10.0, 1.0, "hinge")
 
 
-def pretend(monkeypatch, *, sees, name="NVIDIA H100", files=(), slurm=None):
+def pretend(monkeypatch, *, sees, files=(), slurm=None):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: sees)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: name)
     monkeypatch.setattr(arguments.glob, "glob", lambda pattern: list(files))
     monkeypatch.delenv("SLURM_GPUS_ON_NODE", raising=False)
     if slurm is not None:
@@ -176,8 +193,6 @@ def test_device_is_chosen_from_what_torch_and_the_machine_say(monkeypatch):
     assert choose_device("auto") == choose_device("cpu") == "cpu"
     with pytest.raises(ValueError, match="--device cuda: torch sees no GPU"):
         choose_device("cuda")
-    pretend(monkeypatch, sees=True, name="cpu")  # after the CPU backend was installed
-    assert choose_device("auto") == "cpu"
     pretend(monkeypatch, sees=False, slurm="0")
     assert choose_device("auto") == "cpu"
 
@@ -198,7 +213,6 @@ def test_loss_options_are_the_defaults_overlaid_by_the_flags_given():
     assert options_of(["--no-add-sft-loss"]).anchor == "none" and options_of(["--add-sft-loss"]).anchor == "hinge"
     assert options_of(["--loss-type", "sigmoid", "--add-sft-loss"]).anchor == "hinge"
     assert options_of(["--anchor", "hinge", "--add-sft-loss"]).anchor == "hinge"
-    assert loss_names() == sorted(LOSSES)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +236,7 @@ def test_contradictions_and_unused_options_are_refused(words, complaint):
 
 def test_help_losses_prints_every_loss_and_stops(capsys):
     with pytest.raises(SystemExit) as stop:
-        add_arguments(argparse.ArgumentParser(), ["--help-losses"])
+        add_arguments(argparse.ArgumentParser(), "cpu", ["--help-losses"])
     assert stop.value.code == 0
     printed = capsys.readouterr().out.splitlines()
     for name, entry in LOSSES.items():

@@ -150,7 +150,7 @@ def main(argv: list[str]) -> None:
     from megatron_patch import run
     from megatron_patch.checkpoint.hf_files import weights_fingerprint
 
-    args = parse_arguments(_add_flags)
+    args = parse_arguments(device, _add_flags)
     run.announce(args, "reference", device)
     run.check_arguments(args)
     if args.load:

@@ -161,8 +161,9 @@ def roundtrip_rank(job, rank):
         with mock.patch.object(hf_io, "sync_folder", side_effect=OSError("disk full")):
             must_refuse(lambda: save_hf_weights(chunks, job["out"], source, dtype), "disk full")
         assert not Path(job["out"]).exists(), "half an export"
-    save_hf_weights(chunks, job["out"], source, dtype, job.get("max_shard_bytes", 5 * 10**9))
-    must_refuse(lambda: save_hf_weights(chunks, job["out"], source, dtype), "is not empty")
+    save_hf_weights(chunks, job["out"], source, dtype)
+    save_hf_weights(chunks, job["out"], source, dtype, job.get("max_shard_bytes", 5 * 10**9))  # replaces its own earlier export
+    must_refuse(lambda: save_hf_weights(chunks, source, source, dtype), "not overwritten")
 
 
 def must_refuse(action, message):
