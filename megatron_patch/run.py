@@ -5,6 +5,7 @@ log-probs. Entries own the process (device, argument parsing, exit code); this m
 """
 
 import argparse
+import importlib.util
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,6 +57,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--micro-batch-size {args.micro_batch_size}: micro-batches are planned from tokens; use --max-tokens-per-micro-batch"
         )
+    if args.transformer_impl == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
+        raise ValueError("--transformer-impl transformer_engine: the package is not installed (requirements-gpu.txt)")
     if args.fp16:
         raise ValueError("--fp16 is not supported: its loss scaler needs overflows that our checks stop at; use --bf16")
     if args.save_hf:

@@ -19,7 +19,7 @@ class RMSNorm(torch.nn.Module):
         super().__init__()
         self.eps = eps
         # Where upstream's own layers make theirs (core/tensor_parallel/layers.py:972): weights are imported before the model moves.
-        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+        device = None if config.use_cpu_initialization else torch.cuda.current_device()
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 

@@ -130,7 +130,7 @@ def test_layout_that_does_not_fit_the_job_names_the_flags(hf_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "32")
     with pytest.raises(ValueError, match="--global-batch-size 12 is not a multiple of the 32 data-parallel ranks"):
         parse(["--global-batch-size", "12"], hf_path)
-    with pytest.raises(ValueError, match="32 processes cannot be cut into .* 2 x --pipeline-model-parallel-size 3"):
+    with pytest.raises(ValueError, match=r"32 processes cannot be cut into .* 2 x --pipeline-model-parallel-size 3"):
         parse(["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "3"], hf_path)
 
 

@@ -13,12 +13,12 @@ import sys
 import traceback
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -28,6 +28,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megatron_patch.checkpoint import hf_io
 from megatron_patch.checkpoint.hf_io import load_hf_weights, save_hf_weights
 from megatron_patch.checkpoint.hf_mapping import ModelShape, check_layout, find_row, shard_pieces
+from megatron_patch.model.layer_specs import qwen2_block_spec
 
 
 def build_chunks(config, job, device, dtype):
@@ -39,16 +40,17 @@ def build_chunks(config, job, device, dtype):
         tensor_model_parallel_size=job["tp"], pipeline_model_parallel_size=job["pp"], virtual_pipeline_model_parallel_size=job.get("vpp"),
         num_layers_in_first_pipeline_stage=job.get("first"), num_layers_in_last_pipeline_stage=job.get("last"),
         gated_linear_unit=True, activation_func=torch.nn.functional.silu, add_bias_linear=False, add_qkv_bias=True, normalization="RMSNorm",
+        transformer_impl="local", attention_dropout=0.0, hidden_dropout=0.0,
         use_cpu_initialization=True, perform_initialization=False, init_model_with_meta_device=device == "meta",
         params_dtype=dtype, pipeline_dtype=dtype, bf16=dtype is torch.bfloat16,
     )  # fmt: skip
     stages = [None] if job.get("vpp") is None else range(job["vpp"])
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     padded = math.ceil(config["vocab_size"] / job["tp"]) * job["tp"]
     with torch.device(device):
         return [
             GPTModel(
-                transformer, spec, padded, 4096, position_embedding_type="rope", vp_stage=stage,
+                transformer, qwen2_block_spec(SimpleNamespace(transformer=transformer), stage), padded, 4096,
+                position_embedding_type="rope", vp_stage=stage,
                 pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
                 post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
                 share_embeddings_and_output_weights=config["tie_word_embeddings"],

@@ -9,6 +9,7 @@ from megatron_patch.model.rms_norm import RMSNorm
 
 
 def config(dtype=torch.float32, **options):
+    options = {"use_cpu_initialization": True, **options}
     return TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=4, params_dtype=dtype, **options)
 
 
@@ -29,6 +30,13 @@ def test_values_and_gradients_are_transformers(dtype, eps):
         outputs[-1].float().square().sum().backward()
     assert outputs[0].dtype == dtype
     assert torch.equal(*outputs) and torch.equal(inputs[0].grad, inputs[1].grad) and torch.equal(mine.weight.grad, theirs.weight.grad)
+
+
+def test_weight_is_made_on_the_accelerator(monkeypatch):
+    """Weights are imported before upstream moves the model, and NCCL cannot broadcast a CPU tensor; "meta" plays the accelerator."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("meta"))
+    assert RMSNorm(config(use_cpu_initialization=False), 32).weight.device.type == "meta"
+    assert RMSNorm(config(), 32).weight.device.type == "cpu"
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
