@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.distributed import harness
-from tests.distributed.materials import PAIRS, Bench
+from tests.distributed.materials import PAIRS, Bench, tensors
 from tests.distributed.test_step_zero import shifted_reference
 
 TOLERANCE = 1e-5
@@ -66,6 +66,16 @@ def test_ten_steps_equal_one_process(
     difference = {name: worst(rows, judge, name) for name in ("loss", "grad_norm")}
     record_property("worst", difference)
     assert max(difference.values()) <= TOLERANCE, difference
+
+
+def test_export_holds_the_last_step(bench: Bench) -> None:
+    """With the parameter all-gather overlapped, an export right after the last step must not be one step old."""
+    flags = ("--loss-type", "sigmoid")
+    before = tensors(bench.models["tied"])
+    judge, found = (tensors(bench.train(layout, bench.reference(), *flags) / "hf") for layout in ("one", "dp2-do"))
+    moved = max(float((judge[name] - before[name]).abs().max()) for name in judge)
+    apart = max(float((judge[name] - found[name]).abs().max()) for name in judge)
+    assert moved > 5e-3 and apart < 0.05 * moved, (moved, apart)  # Adam moves a weight by up to 1e-3 a step
 
 
 def test_micro_batches_differ(bench: Bench, off_tie: Path) -> None:
