@@ -24,8 +24,10 @@ def load(folder: str | Path) -> tuple[Any, ChatTokenizer]:
     """The model (float32) and the chat tokenizer of a Hugging Face folder."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True).eval()
-    return model, ChatTokenizer(folder)
+    model = AutoModelForCausalLM.from_pretrained(
+        str(folder), dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True
+    )
+    return model.eval(), ChatTokenizer(folder)
 
 
 def greedy_accuracy(model: Any, tokenizer: ChatTokenizer, problems: Sequence[dict[str, str]], max_new_tokens: int = 64) -> float:

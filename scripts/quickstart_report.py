@@ -18,7 +18,7 @@ from greedy_accuracy import greedy_accuracy, load, read_problems
 from transformers.utils import logging as transformers_logging
 
 from megatron_patch.data.atomic_files import read_json, write_json
-from megatron_patch.data.pair_store import PairStore
+from megatron_patch.data.pair_store import PairStore, reference_record
 from megatron_patch.evaluation.parity import transformers_logps
 
 matplotlib.use("Agg")
@@ -107,7 +107,7 @@ def make_report(out: Path) -> dict[str, Any]:
         },
         "pairs": len(trained),
         "dropped": dropped(out / "pairs"),
-        "parallel": {"tp": 2, "pp": 1, "dp": 1},
+        "parallel": reference_record(trained)["extra"]["layout"],  # LPO and DPO are started with the same TP, PP and processes
         "learning_rates": {run: max(row["learning_rate"] for row in training_rows(out / run)) for run in RUNS},
         "seconds": {name: float(value) for name, value in seconds.items()},
         "models": models,

@@ -5,6 +5,7 @@ prompt is cut from the left on request. A response is never cut: a cut response 
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from toolkits.lpo_data_preprocessing.records import (
     close_stage,
     content_hash,
     get_field,
+    get_texts,
     progress,
     read_records,
     run_stage,
@@ -47,14 +49,20 @@ def samples_of(record: Record, kind: str, where: str) -> Iterator[Sample]:
     if kind == "sft":
         yield Sample(id, prompt, [("chosen", chosen, True)])
         return
-    rejected = get_field(record, "rejected", list, where)
+    rejected = get_texts(record, "rejected", where)
     ended = _aligned(record, "rejected_ended", bool, len(rejected), where) or [True] * len(rejected)
     scores = _aligned(record, "rejected_scores", (int, float), len(rejected), where)
+    scores = scores and [_number(score, "rejected_scores", where) for score in scores]
     for i, (text, end) in enumerate(zip(rejected, ended, strict=True)):
-        if not isinstance(text, str):
-            raise ValueError(f"{where}: rejected[{i}] must be text, got {type(text).__name__}")
-        pair_scores = (get_field(record, "chosen_score", object, where), scores[i]) if scores else None
+        pair_scores = (_number(get_field(record, "chosen_score", object, where), "chosen_score", where), scores[i]) if scores else None
         yield Sample(f"{id}-{i}", prompt, [("chosen", chosen, True), ("rejected", text, end)], pair_scores)
+
+
+def _number(value: Any, name: str, where: str) -> float:
+    """A finite number; neither true nor "0.5" is one."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{where}: field {name!r} must hold finite numbers, got {value!r:.80}")
+    return value
 
 
 def _aligned(record: Record, name: str, kind: Any, length: int, where: str) -> list[Any] | None:

@@ -3,7 +3,8 @@
 The unit of work is a block of 64 consecutive input records, generated as one batch. A finished block is a file of its own under
 `<output>.blocks/`; a restart makes only the missing ones and the output is put together at the end. The noise of a sample depends on
 (seed, record id, sample number) alone, and a block's batch is fixed by the input's order, so a block made again is byte for byte the same.
-`<output>.blocks/plan.json` says what the blocks were made with: blocks of another model, input or option are refused.
+`<output>.blocks/plan.json` says what the blocks were made with: blocks of another model, input or option are refused. A finished output
+keeps its plan as `<output>.plan.json`: asked for once more with the same plan it stays as it is, so a requeued job goes on at any point.
 
 A candidate is {"text", "finish_reason"}: "stop" if the model ended its turn, "length" if it was cut. Nothing is appended to a cut answer.
 """
@@ -59,7 +60,9 @@ def transformers_engine(args: argparse.Namespace, tokenizer: ChatTokenizer) -> E
     logging.disable_progress_bar()
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, args.dtype)
-    model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, local_files_only=True, trust_remote_code=False)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        args.model, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+    )
     model.to(device).eval()
 
     def sample(requests: list[Request]) -> list[dict[str, str]]:
@@ -96,13 +99,7 @@ class Blocks:
         if not path.exists():
             write_json(path, plan)
         recorded = read_json(path, "the plan of the finished blocks")
-        differing = sorted(key for key in plan | recorded if plan.get(key) != recorded.get(key))
-        if differing:
-            was, now = recorded.get(differing[0]), plan.get(differing[0])
-            raise ValueError(
-                f"{self.folder}: holds blocks made with another {', '.join(differing)} ({differing[0]} was {was!r}, is {now!r}); "
-                "remove the folder or --overwrite"
-            )
+        _compare(plan, recorded, f"{self.folder}: holds blocks")
 
     def merge(self, output: str | Path, tally: Tally, max_drop_fraction: float) -> int:
         """Put the finished blocks together in input order; returns the number of candidates that were cut at the length limit."""
@@ -119,6 +116,41 @@ class Blocks:
                         tally.drop("prompt_too_long")
             tally.check(max_drop_fraction)
         return cut
+
+
+def _compare(plan: dict[str, Any], recorded: dict[str, Any], what: str) -> None:
+    differing = sorted(key for key in plan | recorded if plan.get(key) != recorded.get(key))
+    if differing:
+        was, now = recorded.get(differing[0]), plan.get(differing[0])
+        raise ValueError(
+            f"{what} made with another {', '.join(differing)} ({differing[0]} was {was!r}, is {now!r}); use another OUTPUT (--output) or --overwrite"
+        )
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The plan and the contents of a finished output, beside it; written after the output and before its blocks go."""
+
+    output: Path
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return Path(f"{self.output}.plan.json")
+
+    def record(self, plan: dict[str, Any]) -> None:
+        """Say that the output is finished."""
+        write_json(self.path, {"plan": plan, "output": sha256_file(self.output)})
+
+    def holds(self, plan: dict[str, Any]) -> bool:
+        """Whether the output is there, finished, and made with this plan; ValueError for another plan or changed contents."""
+        if not self.path.exists() or not self.output.exists():
+            return False
+        recorded = read_json(self.path, "the plan of the finished output")
+        _compare(plan, recorded["plan"], f"{self.output}: was")
+        if recorded["output"] != sha256_file(self.output):
+            raise ValueError(f"{self.output}: was changed since it was made; use another OUTPUT (--output) or --overwrite")
+        return True
 
 
 def model_fingerprint(folder: str | Path) -> str:
@@ -173,7 +205,8 @@ def _check(args: argparse.Namespace) -> None:
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     PerRowSampler([], args.seed, args.temperature, args.top_p)  # refuses a bad temperature or top-p before a model is loaded
-    refuse_existing(args.output, args.overwrite)
+    ours = any(Path(f"{args.output}{suffix}").exists() for suffix in (".plan.json", ".blocks/plan.json"))
+    refuse_existing(args.output, args.overwrite or ours)
 
 
 def _run(args: argparse.Namespace) -> str:
@@ -181,9 +214,14 @@ def _run(args: argparse.Namespace) -> str:
     records = _read_input(args.input)
     tokenizer = ChatTokenizer(args.model, response_end=args.response_end)
     blocks = Blocks(Path(f"{args.output}.blocks"), -(-len(records) // BLOCK))
+    plan, finished = _plan(args, tokenizer), Finished(Path(args.output))
     if args.overwrite:
+        finished.path.unlink(missing_ok=True)
         shutil.rmtree(blocks.folder, ignore_errors=True)
-    blocks.open(_plan(args, tokenizer))
+    elif finished.holds(plan):
+        shutil.rmtree(blocks.folder, ignore_errors=True)  # an interruption may have left it
+        return f"finished before with the same plan, kept -> {args.output}"
+    blocks.open(plan)
     missing = blocks.missing()
     engine = ENGINES[args.engine](args, tokenizer) if missing else None
     found = blocks.count - len(missing)
@@ -195,10 +233,12 @@ def _run(args: argparse.Namespace) -> str:
                 write(record)
     tally = Tally()
     cut = blocks.merge(args.output, tally, args.max_drop_fraction)
+    summary = close_stage(tally, args.output)
+    finished.record(plan)
     shutil.rmtree(blocks.folder)
     share = cut / max(1, tally.kept * args.n)
     samples = f"  samples   {tally.kept * args.n}, {share:.1%} cut at the limit"
-    return f"{close_stage(tally, args.output)}\n{samples}\n  blocks    {found} found, {len(missing)} made"
+    return f"{summary}\n{samples}\n  blocks    {found} found, {len(missing)} made"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -53,6 +53,15 @@ def get_field(record: Record, name: str, kind: type, where: str) -> Any:
     return record[name]
 
 
+def get_texts(record: Record, name: str, where: str) -> list[str]:
+    """`record[name]`, checked to be a list of texts: one text alone would be read letter by letter."""
+    texts = get_field(record, name, list, where)
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"{where}: {name}[{i}] must be text, got {type(text).__name__}")
+    return texts
+
+
 def check_messages(messages: Any, where: str) -> list[Message]:
     """A non-empty list of {"role", "content"} with known roles and text contents, else ValueError."""
     if not isinstance(messages, list) or not messages:

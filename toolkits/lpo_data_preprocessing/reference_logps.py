@@ -5,13 +5,13 @@
 
 Same store, batches, model and log-prob code as training, forward only, at any TP x PP x DP. Writes ``<prefix>.ref.npy`` (float64
 [pairs, 2], sums in nats) and ``<prefix>.ref.json`` (fingerprints of store and weights) beside each store. Work is done in blocks;
-what is finished survives an interruption in ``<prefix>.ref.partial.npz`` and is not computed again.
+what is finished survives an interruption in ``<prefix>.ref.partial.npz`` and is not computed again; neither is a finished store.
 """
 
 import argparse
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,15 +83,39 @@ class ReferencePass:
 
 
 class PartialResult:
-    """Scored pairs so far, kept beside the store; a partial result of another store or other weights is started over."""
+    """Scored pairs so far, kept beside the store; a partial result of another store or other weights is started over.
 
-    def __init__(self, prefix: str, pairs: int, identity: str) -> None:
-        self.path, self.identity = Path(f"{prefix}.ref.partial.npz"), identity
-        self.logps = np.full((pairs, 2), np.nan)
+    Rank 0 alone reads the files and tells the others: on a network file system two ranks may see two states of one file, and ranks
+    with different work lists wait for each other for ever. Making one is collective.
+    """
+
+    def __init__(self, prefix: str, pairs: int, identity: Mapping[str, str]) -> None:
+        import torch
+
+        self.path, self.pairs, self.identity = Path(f"{prefix}.ref.partial.npz"), pairs, " ".join(identity.values())
+        found: list[Any] = [(self._read(), self._is_finished(prefix, identity)) if torch.distributed.get_rank() == 0 else None]
+        torch.distributed.broadcast_object_list(found, src=0)
+        self.logps, self.finished = found[0]
+
+    def _read(self) -> np.ndarray:
         if self.path.exists():
             with np.load(self.path, allow_pickle=False) as saved:
-                if str(saved["identity"]) == identity:
-                    self.logps = saved["logps"]
+                if str(saved["identity"]) == self.identity:
+                    return saved["logps"]
+        return np.full((self.pairs, 2), np.nan)
+
+    def _is_finished(self, prefix: str, identity: Mapping[str, str]) -> bool:
+        """Whether an earlier pass with this store, these weights and this dtype came to its end (a requeued job finds such stores)."""
+        from megatron_patch.data.pair_store import PairStore, read_reference_logps, reference_record
+
+        if self.path.exists() or not Path(f"{prefix}.ref.json").exists():
+            return False
+        store = PairStore(prefix, kind="pairs")
+        try:
+            read_reference_logps(store, weights_fingerprint=identity["weights"])
+        except ValueError:  # of another store or other weights, or damaged: scored again
+            return False
+        return reference_record(store)["dtype"] == identity["dtype"]
 
     def missing(self) -> np.ndarray:
         """Numbers of the pairs not scored yet."""
@@ -117,7 +141,11 @@ def score_store(reference: ReferencePass, prefix: str, weights: str) -> None:
     samples, _ = run.sample_set(args, [prefix], with_reference=False)
     stream = run.full_pass(args, samples, reference.vocab)
     dtype = str(run.precision(args)).removeprefix("torch.")
-    partial = PartialResult(prefix, len(samples), f"{samples.stores[0].fingerprint} {weights} {dtype}")
+    partial = PartialResult(prefix, len(samples), {"store": samples.stores[0].fingerprint, "weights": weights, "dtype": dtype})
+    if partial.finished:
+        if args.rank == 0:
+            print_line(f"[reference] {prefix}: finished before with these weights, kept (remove {prefix}.ref.json to score it again)")
+        return
     started, todo, done = time.perf_counter(), partial.missing(), 0
     for start in range(0, len(todo), args.block_pairs):
         numbers = todo[start : start + args.block_pairs]

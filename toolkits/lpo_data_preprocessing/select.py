@@ -22,6 +22,7 @@ from toolkits.lpo_data_preprocessing.records import (
     close_stage,
     content_hash,
     get_field,
+    get_texts,
     jsonl_writer,
     progress,
     read_records,
@@ -53,7 +54,7 @@ def select_lppc(record: Record, where: str, max_pairs: int | None, tally: Tally)
     Rejected answers that were in the data before come first, then the candidates in the order they were sampled.
     """
     chosen = get_field(record, "chosen", str, where)
-    kept = [(text, True) for text in record.get("rejected", [])]
+    kept = [(text, True) for text in (get_texts(record, "rejected", where) if "rejected" in record else [])]
     seen = {text.strip() for text, _ in kept}
     for candidate in check_candidates(record, where):
         text = candidate["text"]

@@ -10,6 +10,7 @@ from megatron_patch.evaluation.generate import generate
 from toolkits.lpo_data_preprocessing import candidates
 from toolkits.lpo_data_preprocessing.tokenise import ChatTokenizer
 
+FINISHED = ["out.jsonl", "out.jsonl.plan.json", "out.jsonl.tally.json"]
 RECORDS = [record(i, task="t") for i in range(10)]
 
 
@@ -36,7 +37,7 @@ def whole(tiny_qwen, tmp_path_factory):
 
 
 def test_output(whole):
-    assert files(whole) == ["in.jsonl", "out.jsonl", "out.jsonl.tally.json"]
+    assert files(whole) == ["in.jsonl", *FINISHED]
     rows = read_jsonl(whole / "out.jsonl")
     assert [{k: v for k, v in row.items() if k != "candidates"} for row in rows] == RECORDS
     assert all(len(row["candidates"]) == 3 for row in rows)
@@ -65,7 +66,7 @@ def test_interrupted_run_goes_on_byte_for_byte(tiny_qwen, whole, tmp_path, monke
     assert candidates.main(command(tmp_path, tiny_qwen)) == 0
     assert f"{after} found, {3 - after} made" in capsys.readouterr().out
     assert (tmp_path / "out.jsonl").read_bytes() == (whole / "out.jsonl").read_bytes()
-    assert files(tmp_path) == ["in.jsonl", "out.jsonl", "out.jsonl.tally.json"]
+    assert files(tmp_path) == ["in.jsonl", *FINISHED]
 
 
 def test_a_block_made_alone_is_the_same(tiny_qwen, whole):
@@ -114,6 +115,50 @@ def test_blocks_of_another_plan_are_refused(tiny_qwen, tmp_path, fails, monkeypa
     write_jsonl(tmp_path / "in.jsonl", RECORDS[:-1])
     assert "another input" in fails(candidates.main, *command(tmp_path, tiny_qwen))
     assert candidates.main(command(tmp_path, tiny_qwen, "--overwrite")) == 0
+
+
+def refuse_to_sample(*_):
+    raise AssertionError("nothing may be sampled again")
+
+
+def test_a_finished_output_of_the_same_plan_is_kept(tiny_qwen, whole, tmp_path, monkeypatch, capsys, fails):
+    """A requeued job comes past the stage again; another plan, or contents that are not the stage's, is an error that shows the way."""
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr(candidates, "make_block", refuse_to_sample)
+    before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
+    assert candidates.main(command(tmp_path, tiny_qwen)) == 0
+    assert "finished before with the same plan, kept" in capsys.readouterr().out
+    line = fails(candidates.main, *command(tmp_path, tiny_qwen, "--seed", 5))
+    assert "out.jsonl: was made with another seed (seed was 1, is 5); use another OUTPUT" in line
+    assert {name: (tmp_path / name).read_bytes() for name in files(tmp_path)} == before
+    with open(tmp_path / "out.jsonl", "a") as stream:
+        stream.write("{}\n")
+    assert "was changed since it was made" in fails(candidates.main, *command(tmp_path, tiny_qwen))
+
+
+@pytest.mark.parametrize("killed_at", ["close_stage", "record", "rmtree"])
+def test_killed_while_it_ends(tiny_qwen, whole, tmp_path, monkeypatch, killed_at):
+    """After the output has appeared, before its tally, its plan, or the end of its blocks: nothing is sampled again."""
+
+    def die(*_, **__):
+        raise KeyboardInterrupt
+
+    where = {"close_stage": candidates, "record": candidates.Finished, "rmtree": candidates.shutil}[killed_at]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(where, killed_at, die)
+        candidates.main(command(tmp_path, tiny_qwen))
+    assert (tmp_path / "out.jsonl").exists() and (tmp_path / "out.jsonl.blocks").exists()
+    monkeypatch.setattr(candidates, "make_block", refuse_to_sample)
+    assert candidates.main(command(tmp_path, tiny_qwen)) == 0
+    assert (tmp_path / "out.jsonl").read_bytes() == (whole / "out.jsonl").read_bytes()
+    assert files(tmp_path) == ["in.jsonl", *FINISHED]
+
+
+def test_overwrite_samples_again(tiny_qwen, whole, tmp_path):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    assert candidates.main(command(tmp_path, tiny_qwen, "--seed", 2, "--overwrite")) == 0
+    assert (tmp_path / "out.jsonl").read_bytes() != (whole / "out.jsonl").read_bytes()
+    assert json.loads((tmp_path / "out.jsonl.plan.json").read_text())["plan"]["seed"] == 2
 
 
 def test_long_prompts_are_dropped_and_counted(tiny_qwen, tmp_path, capsys):

@@ -65,7 +65,7 @@ def test_content_hash_ignores_key_order_only():
     assert content_hash("\ud800")  # a lone surrogate, valid in JSON, is no reason to crash
 
 
-def test_tally():
+def test_tally(tmp_path):
     tally = Tally(read=10, kept=5)
     tally.drop("long", 4)
     tally.left_out["same"] += 100
@@ -74,8 +74,8 @@ def test_tally():
         tally.check(0.39)
     with pytest.raises(ValueError, match=r"no records left \(empty input\)"):
         Tally().check(1.0)
-    lines = close_stage(tally, "out").splitlines()
-    assert lines[0] == "10 records read, 5 kept, 4 dropped, 100 left out -> out"
+    lines = close_stage(tally, tmp_path / "out").splitlines()
+    assert lines[0] == f"10 records read, 5 kept, 4 dropped, 100 left out -> {tmp_path}/out"
     assert [line.split() for line in lines[1:]] == [["dropped", "long", "4"], ["left", "out", "same", "100"]]
 
 
