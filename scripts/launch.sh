@@ -1,25 +1,45 @@
 # shellcheck shell=bash
 # The mechanics every job shares; sourced by the run scripts, which hold the choices. Needs $ROOT, the repository.
 #   launch NAME OUTPUT ENTRY FLAGS...   check the flags in one process, then run ENTRY on every device, under SLURM or without
-# Environment: NPROC_PER_NODE (default: the GPUs of a node, else 1), MASTER_PORT, PRECISION (bf16 on GPUs, fp32 on the CPU).
+# Environment: DEVICE (auto, cuda or cpu: the one switch between GPUs and CPU), NPROC_PER_NODE (default: the GPUs of a node that
+# CUDA_VISIBLE_DEVICES leaves, else 1), MASTER_PORT, PRECISION (bf16 on GPUs, fp32 on the CPU).
 # The terminal shows lines that start with "[" (one a stage, a step or an error); everything goes to OUTPUT/logs/NAME.log.
 # Exit code: 0 finished, 2 a user's error, 75 preempted (please requeue), 1 anything else.
 
 PYTHON=${PYTHON:-$ROOT/.venv/bin/python}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
+export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} # Megatron refuses TP > 1 without it before Blackwell
 export LPO_TRACEBACK=1 # for the log; the terminal shows the one line
 export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
 [ -n "${PYTHONWARNINGS:-}" ] || export PYTHONWARNINGS=ignore
 
-gpu_count() { if command -v nvidia-smi >/dev/null 2>&1; then nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true; else echo 0; fi; }
+# GPUs that a process here may use: those of the driver, less what CUDA_VISIBLE_DEVICES hides (set but empty: all are hidden; -1 ends the list).
+gpu_count() {
+  local present=0 id visible=0 listed=()
+  if command -v nvidia-smi >/dev/null 2>&1; then present=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true); fi
+  if [ "$present" = 0 ] || [ -z "${CUDA_VISIBLE_DEVICES+set}" ]; then echo "$present"; return; fi
+  IFS=, read -ra listed <<<"$CUDA_VISIBLE_DEVICES" || true
+  for id in "${listed[@]}"; do
+    [[ $id != -* ]] || break
+    visible=$((visible + 1))
+  done
+  echo "$visible"
+}
 
-GPUS=$(gpu_count)
+DEVICE=${DEVICE:-auto}
+case $DEVICE in
+  auto | cuda) GPUS=$(gpu_count) ;;
+  cpu) GPUS=0 ;;
+  *) echo "[error] DEVICE: '$DEVICE' is none of auto, cuda, cpu" >&2; exit 2 ;;
+esac
 NNODES=${SLURM_NNODES:-1}
 NPROC_PER_NODE=${NPROC_PER_NODE:-$((GPUS > 0 ? GPUS : 1))}
 PRECISION=${PRECISION:-$([ "$GPUS" -gt 0 ] && echo bf16 || echo fp32)}
 
 # Lines for the terminal: ours only, steps as one progress bar.
 show() { "$PYTHON" "$ROOT/scripts/terminal.py"; }
+# After a failure that is no user's error: the first error of the first rank that failed, its last lines, the log's path.
+explain() { "$PYTHON" "$ROOT/scripts/failure.py" "$1"; }
 
 # One line a user's error before anything is started. WORLD_SIZE is what the job will have; nothing talks to anybody yet.
 check() {
@@ -27,7 +47,7 @@ check() {
   RANK=0 WORLD_SIZE=$((NNODES * NPROC_PER_NODE)) LOCAL_RANK=0 "$PYTHON" "$@" --check >"$log" 2>&1 && return 0
   local code=$?
   show <"$log"
-  grep -q '^\[error\]' "$log" || tail -n 20 "$log" >&2
+  grep -q '^\[error\]' "$log" || explain "$log"
   return "$code"
 }
 
@@ -50,19 +70,21 @@ launch() {
   local name=$1 output=$2 entry=$3; shift 3
   local log=$output/logs/$name.log code=0 run=("$ROOT/$entry") flags=("$@")
   [[ $entry == *.py ]] || run=(-m "$entry")
+  [ "$DEVICE" = auto ] || flags=(--device "$DEVICE" "${flags[@]}")
   [ "$PRECISION" = fp32 ] || flags+=("--$PRECISION")
   mkdir -p "$output/logs"
   check "$log" "${run[@]}" "${flags[@]}" || return $?
   # USR1 (SLURM's warning before the time limit, sent to this shell) goes on to the workers, which torchrun starts in sessions of
-  # their own; Megatron saves at the next step. torchrun and srun must not die of it: they inherit "ignore".
-  (trap '' USR1; run_torch "${run[@]}" "${flags[@]}" > >(tee "$log" | show) 2>&1) &
+  # their own; Megatron saves at the next step. torchrun and srun must not die of it: they inherit "ignore". A pipeline, not >(...):
+  # when it has ended the log is complete.
+  (trap '' USR1; set -o pipefail; run_torch "${run[@]}" "${flags[@]}" 2>&1 | tee "$log" | show) &
   local job=$!
   trap 'pass_on USR1 $(descendants "$job")' USR1
   while wait "$job" || code=$?; kill -0 "$job" 2>/dev/null; do code=0; done # a trapped signal ends wait early
   trap - USR1
   if [ "$code" != 0 ]; then
     grep -q '^\[error\]' "$log" && return 2
-    { echo "[failed] $name: exit code $code, log $log"; grep -m 1 -E 'Error|exitcode' "$log"; tail -n 20 "$log"; } >&2
+    explain "$log"
     return 1
   fi
   local state=$output/run_state.json

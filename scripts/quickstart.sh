@@ -2,25 +2,33 @@
 # The main job end to end on this machine: data, a small Qwen2.5 model, fine-tuning, preference pairs, LPO and DPO, report.
 # Nothing is downloaded beyond the Python packages. Output: outputs/quickstart (made anew each time).
 #   scripts/quickstart.sh             about 10 minutes on 2 cores
-#   SMALL=1 scripts/quickstart.sh     the same path with few steps, for tests: its numbers mean nothing
+#   QUICKSTART_SMALL=1 scripts/quickstart.sh    the same path with few steps, for tests: its numbers mean nothing
+#   QUICKSTART_OUT=DIR scripts/quickstart.sh    another folder; one that an earlier quickstart made is removed, any other is refused
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ROOT=$PWD
+out=${QUICKSTART_OUT:-outputs/quickstart}
+if [ -e "$out" ] && [ ! -f "$out/.quickstart" ]; then
+  echo "[error] $out exists and no quickstart made it (no .quickstart in it): remove it, or set QUICKSTART_OUT to another folder" >&2
+  exit 2
+fi
 scripts/setup_env.sh
 PYTHON=$ROOT/.venv/bin/python
-out=${OUT:-outputs/quickstart}
+unset N STAGES TEMPERATURE TOP_P SEED PP SLURM_NNODES # choices of other jobs in this shell are not ours
+export DEVICE=cpu
 export OMP_NUM_THREADS=1 PYTHONPATH=$ROOT PYTHONWARNINGS=ignore TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PRECISION=fp32
 export PATH=$ROOT/.venv/bin:$PATH
 
 # The small model learns to add in about 400 steps; accuracy rises steeply then, so fine-tuning stops on validation accuracy.
 problems=3000 heldout=500 first_steps=380 more_steps=40 rounds=6 enough=0.35 steps=150 pair_problems=1800
-if [ "${SMALL:-0}" = 1 ]; then problems=300 heldout=40 first_steps=30 more_steps=10 rounds=1 enough=0 steps=6 pair_problems=120; fi
+if [ "${QUICKSTART_SMALL:-0}" = 1 ]; then problems=300 heldout=40 first_steps=30 more_steps=10 rounds=1 enough=0 steps=6 pair_problems=120; fi
 batch=24        # pairs a step
 lpo_lr=5e-5     # the paper's 2e-7 is for 7B; DPO, which has no anchor, needs a lower rate to survive (see README)
 dpo_lr=1e-5
 
 rm -rf "$out"
 mkdir -p "$out"
+echo "made by scripts/quickstart.sh, which may remove this folder" >"$out/.quickstart"
 stage_started=$SECONDS
 finished() { printf '%s\t%s\n' "$1" "$((SECONDS - stage_started))" >>"$out/seconds.tsv"; stage_started=$SECONDS; }
 say() { printf '\n== %s\n' "$*"; }

@@ -28,7 +28,7 @@ def start(work: Path, *flags: object) -> subprocess.Popen:
     """run_mcore_qwen_xpo.sh with the sft preset on two processes."""
     command = ["bash", "examples/qwen2_5/run_mcore_qwen_xpo.sh", "--hf-path", work / "model", "--pair-data", work / "sft"]
     command += ["--seq-length", 128, "--global-batch-size", 8, *flags]
-    environment = {**os.environ, "PRESET": "sft", "OUTPUT": str(work / "run"), "NPROC_PER_NODE": "2"}
+    environment = {**os.environ, "PRESET": "sft", "OUTPUT": str(work / "run"), "NPROC_PER_NODE": "2", "DEVICE": "cpu"}
     pipe = subprocess.PIPE
     return subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
 

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.ci
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """report.json of one small quickstart."""
     out = tmp_path_factory.mktemp("quickstart") / "out"
-    environment = {**os.environ, "SMALL": "1", "OUT": str(out)}
+    environment = {**os.environ, "QUICKSTART_SMALL": "1", "QUICKSTART_OUT": str(out)}
     done = subprocess.run(["bash", "scripts/quickstart.sh"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert (out / "curves.png").stat().st_size > 20_000

@@ -123,7 +123,8 @@ def _compare(plan: dict[str, Any], recorded: dict[str, Any], what: str) -> None:
     if differing:
         was, now = recorded.get(differing[0]), plan.get(differing[0])
         raise ValueError(
-            f"{what} made with another {', '.join(differing)} ({differing[0]} was {was!r}, is {now!r}); use another OUTPUT (--output) or --overwrite"
+            f"{what} made with another {', '.join(differing)} ({differing[0]} was {was!r}, is {now!r}); "
+            "use another OUTPUT (--output) or --overwrite"
         )
 
 

@@ -119,7 +119,7 @@ GOOD = record(0, rejected=["1"])
         ([GOOD | {"rejected": "abc"}], (), "in.jsonl:1: field 'rejected' must be a list, got str"),
         ([GOOD | {"rejected_ended": "x"}], (), "in.jsonl:1: field 'rejected_ended' needs one entry per rejected answer (1)"),
         ([GOOD | {"rejected_scores": "1"}], (), "in.jsonl:1: field 'rejected_scores' needs one entry per rejected answer (1)"),
-        ([GOOD | {"rejected_scores": [1.0], "chosen_score": "2"}], (), "in.jsonl:1: field 'chosen_score' must hold finite numbers, got '2'"),
+        ([GOOD | {"rejected_scores": [1.0], "chosen_score": "2"}], (), "field 'chosen_score' must hold finite numbers, got '2'"),
         ([GOOD | {"rejected_scores": [True], "chosen_score": 2}], (), "in.jsonl:1: field 'rejected_scores' must hold finite numbers"),
         ([GOOD | {"rejected_ended": []}], (), "in.jsonl:1: field 'rejected_ended' needs one entry per rejected answer (1)"),
         ([GOOD | {"rejected_scores": [1.0]}], (), "in.jsonl:1: field 'chosen_score' is missing"),

@@ -1,0 +1,54 @@
+"""What a failed job says on the terminal: the first error of the first rank that failed, the last lines of that rank, the log's path.
+
+torchrun's own summary stands at the end of a log, says nothing about the cause, and is left out. Python puts "[rankN]: " before every
+line of a traceback once the process group exists; the rank whose traceback came first is the one that failed first, the others lost
+their connection to it. A rank that died without a traceback (a signal, out of memory) is known from torchrun's summary alone, and
+the last lines before that summary are all there is.
+
+    python scripts/failure.py job.log
+"""
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+LAST = 20
+TRACEBACK = re.compile(r"^\[rank(\d+)\]: Traceback \(most recent call last\)")
+ERROR = re.compile(r"^(?:\[rank\d+\]: )?([A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Failure|OutOfMemory)\b.*)")
+# torchrun's agent: "W1121 09:35:15.718000 28021 .../torch/distributed/elastic/...", srun's "srun: error: ..."
+AGENT = re.compile(r"^(?:\[rank\d+\]:)?[WEI]\d{4} \d\d:\d\d:\d\d\.\d+ \d+ .*torch/distributed/elastic|^srun: ")
+ROOT_CAUSE = re.compile(r"Root Cause \(first observed failure\):.*?rank +: (\d+).*?exitcode +: ([^\n]*)", re.DOTALL)
+
+
+def before_summary(lines: Sequence[str]) -> list[str]:
+    """The lines up to the agent's first word about a failure."""
+    end = next((number for number, line in enumerate(lines) if AGENT.match(line)), len(lines))
+    return list(lines[:end])
+
+
+def explain(text: str) -> list[str]:
+    """The lines to show for a log's ``text``: who failed first and of what, then the last lines of that rank."""
+    lines = text.splitlines()
+    first = next((match[1] for match in map(TRACEBACK.match, lines) if match), None)
+    if first is not None:
+        own = [line for line in lines if line.startswith(f"[rank{first}]:")]
+    else:
+        own = before_summary(lines)
+    error = next((match[1] for match in map(ERROR.match, own) if match), None)
+    cause = ROOT_CAUSE.search(text)
+    if error is None and cause is not None:
+        error = f"exit code {cause[2].strip()}"
+    rank = first if first is not None else cause[1] if cause is not None else None
+    who = f"rank {rank}: " if rank is not None else ""
+    return [f"{who}{error or 'no error in the log'}", *own[-LAST:]]
+
+
+def main(log: Path) -> None:
+    """Explain a log on standard error."""
+    head, *rest = explain(log.read_text(encoding="utf-8", errors="replace"))
+    sys.stderr.write("\n".join([f"[failed] {head}", *rest, f"[failed] the whole log: {log}"]) + "\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
