@@ -54,6 +54,7 @@ def vocab_parallel_logps(logits: Tensor, targets: Tensor, vocab_size: int, group
     """
     rows = logits.size(-1)
     first_row = rows * torch.distributed.get_rank(group)
+    logits = logits.float()
     if first_row + rows > vocab_size:
         logits = logits.masked_fill(torch.arange(first_row, first_row + rows, device=logits.device) >= vocab_size, float("-inf"))
     return _VocabParallelLogProb.apply(logits, targets, first_row, group)
