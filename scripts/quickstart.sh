@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The main job end to end on this machine: data, a small Qwen2.5 model, fine-tuning, preference pairs, LPO and DPO, report.
 # Nothing is downloaded beyond the Python packages. Output: outputs/quickstart (made anew each time).
-#   scripts/quickstart.sh             about 10 minutes on 2 cores
+#   scripts/quickstart.sh             about 6 minutes on 2 cores
 #   QUICKSTART_SMALL=1 scripts/quickstart.sh    the same path with few steps, for tests: its numbers mean nothing
 #   QUICKSTART_OUT=DIR scripts/quickstart.sh    another folder; one that an earlier quickstart made is removed, any other is refused
 set -euo pipefail
