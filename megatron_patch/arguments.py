@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from megatron_patch.preference.losses import LossOptions, describe_losses, loss_options
+from megatron_patch.preference.inputs import LossOptions
+from megatron_patch.preference.losses import LossSum, describe_losses, loss_sum
 
 TRAIN_MODES = ("finetune", "xpo")
 DEVICES = ("auto", "cuda", "cpu")
@@ -41,15 +42,32 @@ class PatchArguments:
     max_tokens_per_micro_batch: int = _flag(
         8192, "tokens one micro-batch may hold; the number of micro-batches of a step follows from it", type=int
     )
-    loss_type: str = _flag("lpo-ste", "preference loss; see --help-losses", metavar="NAME")
+    loss_type: tuple[str, ...] = _flag(("lpo-ste",), "preference loss, or several to add up; see --help-losses", nargs="+", metavar="NAME")
+    loss_weights: list[float] | None = _flag(None, "weight of each of several losses; 1 where not given", type=float, nargs="+")
     beta: float | None = _flag(None, "strength of the preference term (arXiv 2305.18290; LPO: 2508.14947 Eq. 6)", type=float)
-    gamma: float | None = _flag(None, "the authors' name: --anchor-weight for the lpo family (2508.14947 Table 9)", type=float)
+    gamma: float | None = _flag(
+        None, "the papers' name: --anchor-weight for the lpo family (2508.14947 Table 9), --margin for simpo and alpha-dpo", type=float
+    )
     r1: float | None = _flag(None, "weight of the chosen response's gradient (2508.14947 Eq. 11)", type=float)
     r2: float | None = _flag(None, "weight of the rejected response's gradient (2508.14947 Eq. 11)", type=float)
+    offset: float | None = _flag(None, "margin at which the lpo family is content (2508.14947 Eq. 6: 1 / (2 beta))", type=float)
     label_smoothing: float | None = _flag(None, "probability that a preference label is wrong, in [0, 0.5)", type=float)
-    anchor: str | None = _flag(None, "positive term that keeps the chosen response likely", choices=("none", "hinge"))
+    margin: float | None = _flag(None, "target margin (simpo, alpha-dpo, slic, stapo's lower end), or its scale (odpo)", type=float)
+    upper_margin: float | None = _flag(None, "upper end of stapo's band of margins", type=float)
+    sft_weight: float | None = _flag(None, "weight of the chosen response's likelihood (slic, cpo, rpo, irpo)", type=float)
+    dpop_lambda: float | None = _flag(None, "dpop's penalty per nat that the chosen response loses (arXiv 2402.13228)", type=float)
+    alpha: float | None = _flag(None, "how far alpha-dpo's margin follows the pair's own (arXiv 2410.10148)", type=float)
+    discopop_tau: float | None = _flag(None, "discopop's temperature, in (0, 1] (arXiv 2406.08414)", type=float)
+    desirable_weight: float | None = _flag(None, "kto's weight of chosen responses (arXiv 2402.01306)", type=float)
+    undesirable_weight: float | None = _flag(None, "kto's weight of rejected responses (arXiv 2402.01306)", type=float)
+    statistics_decay: float | None = _flag(None, "what a step keeps of bco's and alpha-dpo's running statistics, in [0, 1)", type=float)
+    anchor: str | None = _flag(None, "positive term that keeps the chosen response likely", choices=("none", "hinge", "spo"))
     anchor_weight: float | None = _flag(None, "weight of the anchor (lambda of 2508.14947 Eq. 6)", type=float)
     anchor_slack: float | None = _flag(None, "nats per token the chosen response may lose before the anchor acts", type=float)
+    anchor_power: float | None = _flag(None, "exponent of the spo anchor's penalty (arXiv 2507.07723, experimental)", type=float)
+    anchor_value: str | None = _flag(
+        None, "what the spo anchor holds the chosen response against (experimental)", choices=("reference", "running-minimum")
+    )
     is_average: bool | None = _flag(
         None, "log-ratios per token instead of sums (--no-is-average: sums)", action=argparse.BooleanOptionalAction
     )
@@ -236,14 +254,14 @@ def requested_device(argv: Sequence[str]) -> str:
     return parser.parse_known_args(list(argv))[0].device
 
 
-_LOSS_FLAGS = ("beta", "gamma", "r1", "r2", "label_smoothing", "anchor", "anchor_weight", "anchor_slack")
+_LOSS_FLAGS = ("gamma", *(item.name for item in fields(LossOptions) if item.name not in ("loss_type", "length_normalised")))
 
 
-def given_loss_options(args: argparse.Namespace) -> LossOptions:
-    """LossOptions from the flags the user gave, the loss's defaults for the rest.
+def given_losses(args: argparse.Namespace) -> LossSum:
+    """The losses of the command line, with the options the user gave and the losses' defaults for the rest.
 
     Raises:
-        ValueError: unknown loss, an option that the loss does not use, contradicting spellings of one option.
+        ValueError: unknown loss, an option that no loss uses, contradicting spellings of one option.
     """
     given = {name: getattr(args, name) for name in _LOSS_FLAGS}
     given["length_normalised"] = args.is_average
@@ -252,4 +270,4 @@ def given_loss_options(args: argparse.Namespace) -> LossOptions:
         if args.anchor not in (None, meant):
             raise ValueError(f"--anchor {args.anchor} contradicts --{'' if args.add_sft_loss else 'no-'}add-sft-loss")
         given["anchor"] = meant
-    return loss_options(args.loss_type, **given)
+    return loss_sum(args.loss_type, args.loss_weights, **given)

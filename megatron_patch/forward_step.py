@@ -11,8 +11,8 @@ from torch import Tensor
 from megatron_patch.data.packed_batch import PackedBatch
 from megatron_patch.model.response_logps import response_logps
 from megatron_patch.objectives.finetune import finetune_objective
-from megatron_patch.objectives.preference import preference_objective
-from megatron_patch.preference.losses import LossOptions
+from megatron_patch.objectives.preference import PreferenceObjective
+from megatron_patch.preference.losses import preference_loss
 from megatron_patch.step_checks import StepChecks
 
 Objective = Callable[[PackedBatch, Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
@@ -29,27 +29,37 @@ def packed_seq_params(batch: PackedBatch) -> PackedSeqParams:
     )
 
 
-def make_objective(train_mode: str, options: LossOptions | None, checks: StepChecks) -> Objective:
-    """The objective of ``--train-mode``, reporting to ``checks``. Returns (loss sum, count, metrics) for Megatron."""
+def checked_preference(objective: PreferenceObjective, checks: StepChecks) -> Objective:
+    """The objective of ``--train-mode xpo``, reporting to ``checks``. Returns (loss sum, count, metrics) for Megatron."""
 
-    def preference(batch: PackedBatch, logps: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        assert options is not None
-        losses, result = preference_objective(batch, logps, options)
-        checks.observe(batch, logps, losses)
+    def preference(batch: PackedBatch, response_logps: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        losses, logps, result = objective(batch, response_logps)
+        if checks.at_step_zero():
+            same = logps.at_identity()
+            checks.observe(batch, response_logps, losses, preference_loss(same, objective.options, objective.around(batch, same)))
+        else:
+            checks.observe(batch, response_logps)
         return result
+
+    return preference
+
+
+def checked_finetune(checks: StepChecks) -> Objective:
+    """The objective of ``--train-mode finetune``, reporting to ``checks``. Returns (loss sum, count, metrics) for Megatron."""
 
     def finetune(batch: PackedBatch, logps: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         checks.observe(batch, logps)
         return finetune_objective(batch, logps)
 
-    return {"xpo": preference, "finetune": finetune}[train_mode]
+    return finetune
 
 
 class ForwardStep:
     """Megatron's ``forward_step_func``.
 
     Args:
-        objective: from ``make_objective``. vocab_size: rows of the vocabulary that exist (the padded ones never count).
+        objective: ``checked_preference`` or ``checked_finetune``.
+        vocab_size: rows of the vocabulary that exist (the padded ones never count).
     """
 
     def __init__(self, objective: Objective, vocab_size: int) -> None:

@@ -1,7 +1,7 @@
 """The one room where megatron-core's training loop is extended, on CPU and GPU alike.
 
-Every row of ``HOOKS`` is a module global of ``megatron.training.training`` that the loop looks up at call time, what replaces
-it, and why upstream's own does not do (line numbers: megatron-core 0.19.2). ``install`` is called by entries, once.
+Every row of ``HOOKS`` is a module global of ``megatron.training`` that the loop looks up at call time, what replaces it, and why
+upstream's own does not do (line numbers: megatron-core 0.19.2). ``install`` is called by entries, once.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from megatron.training import get_args
+from megatron.training import checkpointing, get_args
 from megatron.training import training as mt
 from megatron.training.global_vars import get_tensorboard_writer
 
@@ -31,6 +31,7 @@ class LoopState:
     train: MicroBatchStream | None
     valid: MicroBatchStream | None
     save: Path | None
+    on_resume: Callable[[Any], None] = lambda checkpoint_args: None  # told the arguments that a loaded checkpoint was saved with
     console: Callable[[str], None] = field(default=lambda line: print_line(line))
     last_step_at: float = field(default_factory=time.perf_counter)
     last_evaluated: int = -1
@@ -38,11 +39,12 @@ class LoopState:
 
 
 class Hook(NamedTuple):
-    """One replaced global of ``megatron.training.training``."""
+    """One replaced global of a module of ``megatron.training``."""
 
     attribute: str
     make: Callable[[Callable, LoopState], Callable]
     why: str
+    module: Any = mt
 
 
 def print_line(line: str) -> None:
@@ -156,18 +158,27 @@ def _evaluate_and_print(_: Callable, state: LoopState) -> Callable:
     return evaluate_and_print_results
 
 
+def _resume(upstream: Callable, state: LoopState) -> Callable:
+    def check_checkpoint_args(checkpoint_args: Any, *args: Any, **kwargs: Any) -> None:
+        upstream(checkpoint_args, *args, **kwargs)
+        state.on_resume(checkpoint_args)
+
+    return check_checkpoint_args
+
+
 HOOKS = (
     Hook("get_forward_backward_func", _schedule, "training.py:3614 and :4198 take M from the batch size; ours follows from the plan"),
     Hook("training_log", _training_log, "training.py:2881 hides negative metrics, such as every log-prob"),
     Hook("evaluate_and_print_results", _evaluate_and_print, "training.py:4418 prints a perplexity of every metric"),
     Hook("num_floating_point_operations", _flops, "training.py:391 counts padding and the logits of every prompt token"),
+    Hook("check_checkpoint_args", _resume, "training/checkpointing.py:2498 restores only arguments that it knows", checkpointing),
 )
 
 
 def install(state: LoopState) -> None:
-    """Replace the rows of ``HOOKS`` in ``megatron.training.training`` for this process."""
+    """Replace the rows of ``HOOKS`` in this process."""
     for hook in HOOKS:
-        setattr(mt, hook.attribute, hook.make(getattr(mt, hook.attribute), state))
+        setattr(hook.module, hook.attribute, hook.make(getattr(hook.module, hook.attribute), state))
 
 
 def _writes_metrics() -> bool:

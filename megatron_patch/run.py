@@ -22,7 +22,7 @@ from megatron.training.checkpointing import checkpoint_exists
 from megatron.training.global_vars import get_signal_handler
 
 from megatron_patch import loop_hooks
-from megatron_patch.arguments import given_loss_options
+from megatron_patch.arguments import given_losses
 from megatron_patch.checkpoint import torch_adam
 from megatron_patch.checkpoint.hf_files import weights_fingerprint
 from megatron_patch.checkpoint.hf_io import load_hf_weights, refuse_foreign_folder, save_hf_weights
@@ -31,11 +31,13 @@ from megatron_patch.data.pair_dataset import MicroBatchStream, SampleSet, parse_
 from megatron_patch.data.tokenizer_identity import folder_tokenizer_fingerprint
 from megatron_patch.errors import AgreedError
 from megatron_patch.evaluation import parity
-from megatron_patch.forward_step import ForwardStep, make_objective
+from megatron_patch.forward_step import ForwardStep, Objective, checked_finetune, checked_preference
 from megatron_patch.model.layer_specs import qwen2_block_spec
 from megatron_patch.model.qwen2 import read_qwen2_config
 from megatron_patch.objectives import finetune, preference
-from megatron_patch.preference.losses import identity_value
+from megatron_patch.objectives.loss_statistics import LossStatistics
+from megatron_patch.objectives.preference import PreferenceObjective
+from megatron_patch.preference.losses import LossSum, loss_entry
 from megatron_patch.step_checks import StepChecks, StepZero
 
 STORE_KINDS = {"xpo": preference.STORE_KIND, "finetune": finetune.STORE_KIND}
@@ -67,7 +69,17 @@ def check_arguments(args: argparse.Namespace) -> None:
     if not args.skip_train:
         _check_schedule(args)
     if args.train_mode == "xpo":
-        given_loss_options(args)
+        given_losses(args)
+
+
+def _check_scores(losses: LossSum, samples: SampleSet) -> None:
+    needing = [part.options.loss_type for part in losses if loss_entry(part.options.loss_type).needs_scores]
+    unfit = samples.without_score_gap() if needing else []
+    if unfit:
+        raise ValueError(
+            f"loss {needing[0]} needs pairs whose chosen_score is greater than their rejected_scores (fields of the records that "
+            f"build_pairs reads); {len(unfit)} are not, the first is {unfit[0]}"
+        )
 
 
 def _check_tracker(args: argparse.Namespace) -> None:
@@ -176,27 +188,41 @@ class TrainingRun:
         check_arguments(args)
         self.args, self.model = args, read_qwen2_config(args.hf_path)
         self.chunks: list[Any] = []
-        options = given_loss_options(args) if args.train_mode == "xpo" else None
-        with_reference = options is not None
+        self.losses = given_losses(args) if args.train_mode == "xpo" else ()
+        with_reference = bool(self.losses)
         self.train, self.weights = sample_set(args, args.pair_data, with_reference)
         self.valid = sample_set(args, args.valid_pair_data, with_reference)[0] if args.valid_pair_data else None
+        for samples in filter(None, (self.train, self.valid)):
+            _check_scores(self.losses, samples)
         self.save = Path(args.save) if args.save else None
+        self.statistics = LossStatistics(self.losses, changed=self._keep_statistics)
         self.checks = StepChecks(
             dtype=precision(args),
-            identity_loss=None if options is None else identity_value(options),
             fresh=self._is_first_step,
             on_step_zero=self._report_step_zero,
             allow_mismatch=args.allow_reference_mismatch,
         )
-        self.forward_step = ForwardStep(make_objective(args.train_mode, options, self.checks), self.model.vocab)
-        self.hooks = loop_hooks.LoopState(args.train_mode, self.model, None, None, self.save)
+        self.forward_step = ForwardStep(self._objective(), self.model.vocab)
+        self.hooks = loop_hooks.LoopState(args.train_mode, self.model, None, None, self.save, on_resume=self._restore_statistics)
+
+    def _objective(self) -> Objective:
+        if not self.losses:
+            return checked_finetune(self.checks)
+        return checked_preference(PreferenceObjective(self.losses, self.statistics, parallel_state.get_data_parallel_group), self.checks)
+
+    def _keep_statistics(self, state: str) -> None:
+        self.args.loss_statistics = state  # Megatron's args are saved in every checkpoint
+
+    def _restore_statistics(self, checkpoint_args: argparse.Namespace) -> None:
+        self.statistics.restore(getattr(checkpoint_args, "loss_statistics", "{}"))
+        self._keep_statistics(self.statistics.state)
 
     def model_config(self) -> Any:
         """The model's config, with the step checks in front of the optimizer; installs the loop hooks and the resumable AdamW."""
         loop_hooks.install(self.hooks)
         torch_adam.install()
         config = model_config(self.args, self.chunks)
-        config.transformer.finalize_model_grads_func = self.checks.wrap(finalize_model_grads)
+        config.transformer.finalize_model_grads_func = self.statistics.wrap(self.checks.wrap(finalize_model_grads))
         return config
 
     def _check_parity(self) -> None:
@@ -221,7 +247,7 @@ class TrainingRun:
         return None
 
     def _is_first_step(self) -> bool:
-        return self.args.consumed_train_samples == 0
+        return bool(self.losses) and self.args.consumed_train_samples == 0
 
     def _report_step_zero(self, outcome: StepZero) -> None:
         if torch.distributed.get_rank() != 0:
@@ -266,11 +292,23 @@ class TrainingRun:
         train = stream(args, self.train, order, args.global_batch_size, self.model.vocab)
         valid = full_pass(args, self.valid, self.model.vocab) if self.valid is not None else None
         self.hooks.train, self.hooks.valid = train, valid
+        self._refuse_split_batches(train.plan)
         if not vp_stage:
             self._check_parity()
         if self.save is not None and torch.distributed.get_rank() == torch.distributed.get_world_size() - 1 and not vp_stage:
             self.save.mkdir(parents=True, exist_ok=True)
             loop_hooks.rewind_metrics(self.save, args.iteration)
         return train.from_position(args.consumed_train_samples), valid.repeated() if valid is not None else None, None
+
+    def _refuse_split_batches(self, plan: BatchPlan) -> None:
+        """Some losses are defined on the whole global batch: every step left must be one micro-batch. The same on all ranks."""
+        needing = [part.options.loss_type for part in self.losses if loss_entry(part.options.loss_type).needs_whole_batch]
+        steps = range(self.args.consumed_train_samples, self.args.train_iters * plan.batch, plan.batch) if needing else ()
+        for consumed in steps:
+            if (count := len(plan.step(consumed))) > 1:
+                raise AgreedError(
+                    f"loss {needing[0]} sorts the pairs of a whole step, but step {consumed // plan.batch + 1} needs {count} "
+                    "micro-batches; raise --max-tokens-per-micro-batch, lower --global-batch-size, or leave virtual pipelining off"
+                )
 
     dataset_provider.is_distributed = True  # type: ignore[attr-defined]

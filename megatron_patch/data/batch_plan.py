@@ -74,10 +74,11 @@ def _largest_remainder(weights: Sequence[float], total: int) -> list[int]:
 
 
 def split_by_cost(pairs: np.ndarray, tokens: np.ndarray, *, ranks: int, max_tokens: int, multiple_of: int) -> list[list[np.ndarray]]:
-    """Split the pairs of one global batch into M micro-batches on each of D ranks, of nearly equal cost.
+    """Split the pairs of one global batch into M micro-batches of nearly equal cost, and each of these over D ranks.
 
-    Longest pair first into the emptiest bin; M is the smallest multiple of ``multiple_of`` for which no bin holds more than
-    ``max_tokens``. Bins may stay empty.
+    Longest pair first into the emptiest bin, twice, and the fullest share of a micro-batch to the rank that has had least; M is the
+    smallest multiple of ``multiple_of`` for which no rank holds more than ``max_tokens`` at once. Bins may stay empty.
+    Which pairs share a micro-batch depends on M alone: losses that look at a whole micro-batch see the same one at any D.
 
     Args:
         pairs: int64 [G] pair numbers. tokens: [G] tokens of each pair (prompt counted once per response).
@@ -90,28 +91,32 @@ def split_by_cost(pairs: np.ndarray, tokens: np.ndarray, *, ranks: int, max_toke
         raise ValueError(
             f"pair number {pairs[worst]} has {tokens[worst]} tokens, more than --max-tokens-per-micro-batch {max_tokens}"
         )
-    order = np.argsort(-tokens, kind="stable")
     slots = max(1, -(-int(tokens.sum()) // (ranks * max_tokens)))
     slots = -(-slots // multiple_of) * multiple_of
     while True:
-        bins, loads = _longest_first(order, tokens, ranks * slots)
-        if loads.max() <= max_tokens:
+        together = longest_first(tokens, slots)
+        spread = [[members[part] for part in longest_first(tokens[members], ranks)] for members in together]
+        if all(tokens[part].sum() <= max_tokens for parts in spread for part in parts):
             break
         slots += multiple_of
-    # Bins of similar load share a micro-batch, so that ranks finish it together.
-    by_load = np.argsort(-loads, kind="stable")
-    grouped = [[pairs[np.sort(np.array(bins[b], dtype=np.int64))] for b in by_load[m * ranks : (m + 1) * ranks]] for m in range(slots)]
-    return grouped
+    so_far = np.zeros(ranks, dtype=np.int64)
+    plan = []
+    for parts in spread:
+        shares = dict(zip(np.argsort(so_far, kind="stable").tolist(), parts, strict=True))
+        so_far += [int(tokens[shares[rank]].sum()) for rank in range(ranks)]
+        plan.append([pairs[shares[rank]] for rank in range(ranks)])
+    return plan
 
 
-def _longest_first(order: np.ndarray, tokens: np.ndarray, count: int) -> tuple[list[list[int]], np.ndarray]:
+def longest_first(tokens: np.ndarray, count: int) -> list[np.ndarray]:
+    """``count`` bins of nearly equal cost, the fullest first: indices into ``tokens``, ascending in each bin."""
     bins: list[list[int]] = [[] for _ in range(count)]
     loads = np.zeros(count, dtype=np.int64)
-    for i in order:
+    for i in np.argsort(-tokens, kind="stable"):
         b = int(np.argmin(loads))
         bins[b].append(int(i))
         loads[b] += tokens[i]
-    return bins, loads
+    return [np.sort(np.array(bins[b], dtype=np.int64)) for b in np.argsort(-loads, kind="stable")]
 
 
 class BatchPlan:

@@ -23,12 +23,14 @@ class Sample(NamedTuple):
 
     sequences: int32 token ids, prompt and response end to end. scored: bool per token, False for the first of a sequence.
     reference: float64 [responses] reference log-prob sums (nats), or None. name: the id shown in errors.
+    scores: float64 [responses] an outside judge's scores, NaN where there are none.
     """
 
     sequences: tuple[np.ndarray, ...]
     scored: tuple[np.ndarray, ...]
     reference: np.ndarray | None
     name: str
+    scores: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class PackedBatch:
     lengths: Tensor  # int64 [R], scored tokens of each response
     reference: Tensor  # float64 [R], nats; NaN when the store has no reference
     names: tuple[str, ...]  # P sample names
+    scores: Tensor  # float64 [R], NaN when the store has none
+    samples_by_rank: tuple[int, ...]  # P of this micro-batch on every data-parallel rank
 
     @property
     def samples(self) -> int:
@@ -57,11 +61,21 @@ class PackedBatch:
             scored=self.scored.to(device),
             lengths=self.lengths.to(device, non_blocking=True),
             reference=self.reference.to(device, non_blocking=True),
+            scores=self.scores.to(device, non_blocking=True),
         )
 
 
-def pack(samples: Sequence[Sample], *, multiple_of: int, vocab_size: int, responses_per_sample: int) -> PackedBatch:
+def pack(
+    samples: Sequence[Sample],
+    *,
+    multiple_of: int,
+    vocab_size: int,
+    responses_per_sample: int,
+    samples_by_rank: tuple[int, ...] | None = None,
+) -> PackedBatch:
     """Pack ``samples`` (possibly none) into one row whose length is a multiple of ``multiple_of`` tokens.
+
+    ``samples_by_rank``: how many samples every data-parallel rank packs at the same time; None when this rank is alone.
 
     Raises:
         ValueError: a sample scores nothing, scores the first token of a sequence, or has a token id outside the vocabulary; names it.
@@ -87,8 +101,10 @@ def pack(samples: Sequence[Sample], *, multiple_of: int, vocab_size: int, respon
         max_seqlen=max(map(len, sequences)),
         scored=scored,
         lengths=torch.bincount(scored.response, minlength=responses),
-        reference=_reference(samples, responses_per_sample),
+        reference=_by_response([s.reference for s in samples], responses_per_sample),
         names=tuple(s.name for s in samples),
+        scores=_by_response([s.scores for s in samples], responses_per_sample),
+        samples_by_rank=samples_by_rank or (len(samples),),
     )
 
 
@@ -101,6 +117,7 @@ def _check(name: str, tokens: np.ndarray, scored: np.ndarray, vocab_size: int) -
         raise ValueError(f"pair {name}: token id {tokens.max()} is outside the model's vocabulary of {vocab_size}: wrong tokenizer?")
 
 
-def _reference(samples: Sequence[Sample], responses_per_sample: int) -> Tensor:
-    rows = [s.reference if s.reference is not None else np.full(responses_per_sample, np.nan) for s in samples]
-    return torch.from_numpy(np.array(rows, dtype=np.float64).reshape(len(samples), responses_per_sample).T.reshape(-1).copy())
+def _by_response(rows: Sequence[np.ndarray | None], responses: int) -> Tensor:
+    """float64 [R] of one row of numbers per sample; NaN where a sample has none."""
+    filled = [row if row is not None else np.full(responses, np.nan) for row in rows]
+    return torch.from_numpy(np.array(filled, dtype=np.float64).reshape(len(rows), responses).T.reshape(-1).copy())

@@ -106,7 +106,13 @@ class SampleSet:
             scored=tuple(np.concatenate([np.full(len(part), scored) for part, scored in sequence]) for sequence in sequences),
             reference=None if self._reference is None else self._reference[which][document],
             name=self.name(which, document),
+            scores=self.stores[which].columns.scores[document] if self.kind == "pairs" else None,
         )
+
+    def without_score_gap(self) -> list[str]:
+        """Names of the pairs that are unscored, or whose chosen response does not score higher than the rejected one."""
+        gaps = [store.columns.scores[:, 0] - store.columns.scores[:, 1] for store in self.stores]
+        return [self.name(which, int(i)) for which, gap in enumerate(gaps) for i in np.flatnonzero(~(gap > 0))]
 
     def shortest_references(self, count: int) -> tuple[list[tuple[np.ndarray, ...]], np.ndarray, str] | None:
         """The shortest pairs of the first store, their reference log-probs [count, 2] and the dtype these were computed in."""
@@ -142,24 +148,25 @@ class MicroBatchStream:
     multiple_of: int  # tokens: TP under sequence parallelism
     vocab_size: int
 
-    def batch(self, numbers: np.ndarray) -> PackedBatch:
-        """The packed micro-batch of these samples."""
+    def batch(self, slot: Sequence[np.ndarray]) -> PackedBatch:
+        """This rank's packed micro-batch of a slot of the plan, which holds the sample numbers of every rank."""
         return pack(
-            [self.samples[n] for n in numbers],
+            [self.samples[n] for n in slot[self.rank]],
             multiple_of=self.multiple_of,
             vocab_size=self.vocab_size,
             responses_per_sample=self.samples.responses_per_sample,
+            samples_by_rank=tuple(map(len, slot)),
         )
 
     def from_position(self, consumed: int) -> Iterator[PackedBatch]:
         """Endless: this rank's micro-batches of the step after ``consumed`` pairs, of the next one, and so on."""
         while True:
             for slot in self.plan.step(consumed):
-                yield self.batch(slot[self.rank])
+                yield self.batch(slot)
             consumed += self.plan.batch
 
     def repeated(self) -> Iterator[PackedBatch]:
         """Endless: the same full pass over and over, for evaluation."""
         while True:
             for slot in self.plan.step(0):
-                yield self.batch(slot[self.rank])
+                yield self.batch(slot)

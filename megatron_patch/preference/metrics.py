@@ -8,16 +8,18 @@ metric (rewards are beta times summed log-ratios, as there); the `lpo/` ones are
 import torch
 from torch import Tensor
 
-from megatron_patch.preference.losses import LossOptions, PairLogps, preference_loss, without_anchor
+from megatron_patch.preference.anchors import fall
+from megatron_patch.preference.inputs import PairLogps, Surroundings
+from megatron_patch.preference.losses import LossSum, preference_loss, terms_of, without_anchor
 
 
-def preference_metrics(logps: PairLogps, options: LossOptions, losses: Tensor) -> dict[str, Tensor]:
+def preference_metrics(logps: PairLogps, options: LossSum, losses: Tensor, around: Surroundings) -> dict[str, Tensor]:
     """Metrics of P pairs, each float32 [sum, P], detached; P = 0 gives zeros.
 
     Args:
         logps: the pairs that the losses came from.
-        options: the loss and its constants.
-        losses: [P], what `preference_loss(logps, options)` returned.
+        options: the losses and their constants; rewards and anchor are those of the first.
+        losses: [P], what `preference_loss(logps, options, around)` returned.
 
     Returns:
         rewards/{chosen,rejected,margins}: beta x summed log-ratio (dimensionless) and the difference of the two;
@@ -27,21 +29,22 @@ def preference_metrics(logps: PairLogps, options: LossOptions, losses: Tensor) -
         lpo/anchor_active: 1 where the anchor contributes (0 without an anchor);
         lpo/loss_without_anchor, loss: loss of the pair without and with its anchor.
     """
+    first = options[0].options
     with torch.no_grad():
         chosen, rejected = _log_ratio(logps.policy_chosen, logps.ref_chosen), _log_ratio(logps.policy_rejected, logps.ref_rejected)
         chosen_rate, rejected_rate = chosen / logps.chosen_len, rejected / logps.rejected_len
         per_pair = {
-            "rewards/chosen": options.beta * chosen,
-            "rewards/rejected": options.beta * rejected,
-            "rewards/margins": options.beta * (chosen - rejected),
+            "rewards/chosen": first.beta * chosen,
+            "rewards/rejected": first.beta * rejected,
+            "rewards/margins": first.beta * (chosen - rejected),
             "rewards/accuracies": chosen > rejected,
             "logps/chosen": logps.policy_chosen,
             "logps/rejected": logps.policy_rejected,
             "lpo/chosen_logratio": chosen_rate,
             "lpo/rejected_logratio": rejected_rate,
             "lpo/margin": chosen_rate - rejected_rate,
-            "lpo/anchor_active": _anchor_active(chosen_rate, options),
-            "lpo/loss_without_anchor": preference_loss(logps, without_anchor(options)),
+            "lpo/anchor_active": _anchor_active(logps, options, around),
+            "lpo/loss_without_anchor": preference_loss(logps, without_anchor(options), around),
             "loss": losses,
         }
         return {name: _sum_and_count(values) for name, values in per_pair.items()}
@@ -52,10 +55,11 @@ def _log_ratio(policy: Tensor, reference: Tensor) -> Tensor:
     return policy.to(wide) - reference.to(wide)
 
 
-def _anchor_active(chosen_rate: Tensor, options: LossOptions) -> Tensor:
-    if options.anchor == "none":
-        return torch.zeros_like(chosen_rate)
-    return -chosen_rate > options.anchor_slack
+def _anchor_active(logps: PairLogps, options: LossSum, around: Surroundings) -> Tensor:
+    first = options[0].options
+    if first.anchor == "none":
+        return torch.zeros(logps.policy_chosen.shape, device=logps.policy_chosen.device)
+    return fall(terms_of(logps, first, around), first) > 0
 
 
 def _sum_and_count(values: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ def main(out: str) -> None:
     reference.forward_step = logits_step(reference.vocab, found)
     stream = reference.run.full_pass(args, samples, reference.vocab)
     slots = stream.plan.split(np.arange(len(samples)))
-    data = (stream.batch(slot[stream.rank]) for slot in slots)
+    data = (stream.batch(slot) for slot in slots)
     with torch.no_grad():
         reference.schedule(
             forward_step_func=reference.forward_step, data_iterator=data, model=reference.model, num_microbatches=len(slots),

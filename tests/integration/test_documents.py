@@ -25,13 +25,13 @@ import argparse, sys
 from megatron_patch import cpu_backend
 cpu_backend.install()
 from megatron.training.arguments import add_megatron_arguments
-from megatron_patch.arguments import add_arguments, given_loss_options
+from megatron_patch.arguments import add_arguments, given_losses
 sys.argv = ["train_qwen.py", *sys.argv[1:]]
 for preset in sys.argv[2:]:
     argv = ["@" + preset, "--hf-path", sys.argv[1]]
     parser = add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)), "cpu", argv)
     args = parser.parse_args(argv)
-    options = given_loss_options(args) if args.train_mode == "xpo" else None
+    options = given_losses(args)[0].options if args.train_mode == "xpo" else None
     print(preset.rpartition("/")[2], args.train_mode, args.lr, args.min_lr, args.global_batch_size, args.lr_warmup_iters,
           args.adam_beta2, args.clip_grad, args.weight_decay, *(getattr(options, n, "-") for n in ("loss_type", "beta", "r1", "r2",
           "anchor", "anchor_weight", "length_normalised")))

@@ -32,9 +32,10 @@ SCENARIOS = {
     "bfloat16 within": (([[("a", 0.04, 0.0, 2.0)], [(f"b{i}", 0.0, 0.0, 2.0) for i in range(19)]], [[]]), {"dtype": torch.bfloat16}),
     "bfloat16 mean": (([[(f"b{i}", 0.006, -0.006, 2.0) for i in range(4)]], [[]]), {"dtype": torch.bfloat16}),
     "not fresh": ((OFF, MORE), {"fresh": lambda: False}),
-    "no reference": ((OFF, MORE), {"identity_loss": None}),
+    "loss differs": (([[("a", 0.0, 0.0, 2.1)]], [[]]), {}),
+    "bfloat16 loss differs": (([[("a", 0.0, 0.0, 2.1)]], [[]]), {"dtype": torch.bfloat16}),
     "nan": ((EQUAL, [[("n0", 0.0, 0.0, 2.0), ("n1", NAN, 0.0, 2.0)], [("n2", 0.0, INF, 2.0)]]), {}),
-    "nan later": (([[("a", 0.0, 0.0, 2.0)]], [[("n1", NAN, NAN, 2.0)]]), {"fresh": lambda: False, "identity_loss": None}),
+    "nan later": (([[("a", 0.0, 0.0, 2.0)]], [[("n1", NAN, NAN, 2.0)]]), {"fresh": lambda: False}),
     "nan, mismatch allowed": (([[("a", NAN, 0.0, 2.0)]], [[]]), {"allow_mismatch": True}),
     "empty micro-batches": (([[], [("a", 0.0, 0.0, 2.0)], []], [[], []]), {}),
     "last stage elsewhere": ((EQUAL, []), {}),
@@ -67,12 +68,13 @@ def chunk(gradient=1.0):
 def play(rank, scenario, options):
     """One step: what was reported, what was raised, and whether upstream's function was reached with its arguments and answer."""
     outcomes, reached = [], []
-    settings = {"dtype": torch.float32, "identity_loss": 2.0, "fresh": lambda: True, "on_step_zero": outcomes.append, **options}
+    settings = {"dtype": torch.float32, "fresh": lambda: True, "on_step_zero": outcomes.append, **options}
     gradient = settings.pop("gradient", {}).get(rank, 1.0)
     checks = StepChecks(**settings)
     finalize = checks.wrap(lambda *args, **kwargs: reached.append((args, kwargs)) or "answer")
     for pairs in scenario[rank]:
-        checks.observe(*batch_of(pairs))
+        batch, policy, losses = batch_of(pairs)
+        checks.observe(batch, policy, losses, torch.full_like(losses, 2.0))
     try:
         answer, error = finalize([chunk(gradient)], count=3), None
     except AgreedError as refused:

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from megatron_patch import arguments
-from megatron_patch.arguments import PatchArguments, add_arguments, choose_device, given_loss_options, requested_device
-from megatron_patch.preference.losses import LOSSES, loss_options
+from megatron_patch.arguments import PatchArguments, add_arguments, choose_device, given_losses, requested_device
+from megatron_patch.preference.losses import LOSSES, loss_options, loss_sum
 
 ROOT = Path(__file__).parents[2]
 PRESETS = sorted((ROOT / "examples/qwen2_5/presets").glob("*.args"))
@@ -23,8 +23,10 @@ SMALLEST = ROOT / "tests/data/qwen2_5_configs/0.5B.json"
 # A flag that is renamed or changes its default breaks users' scripts: change this list only on purpose, and say so in CHANGELOG.
 FROZEN = {
     "device": "auto", "train_mode": "xpo", "hf_path": None, "save_hf": None, "pair_data": None, "valid_pair_data": None, "epochs": None,
-    "max_tokens_per_micro_batch": 8192, "loss_type": "lpo-ste", "beta": None, "gamma": None, "r1": None, "r2": None,
-    "label_smoothing": None, "anchor": None, "anchor_weight": None, "anchor_slack": None, "is_average": None, "add_sft_loss": None,
+    "max_tokens_per_micro_batch": 8192, "loss_type": ("lpo-ste",), "loss_weights": None, "beta": None, "gamma": None, "r1": None,
+    "r2": None, "offset": None, "label_smoothing": None, "margin": None, "upper_margin": None, "sft_weight": None, "dpop_lambda": None,
+    "alpha": None, "discopop_tau": None, "desirable_weight": None, "undesirable_weight": None, "statistics_decay": None, "anchor": None,
+    "anchor_weight": None, "anchor_slack": None, "anchor_power": None, "anchor_value": None, "is_average": None, "add_sft_loss": None,
     "parity_check": True, "allow_reference_mismatch": False, "check": False,
 }  # fmt: skip
 
@@ -53,12 +55,17 @@ def parse(words, hf_path):
 
 
 def options_of(words):
-    """The loss options of a command line, by our flags alone."""
+    """The options of a command line's only loss, by our flags alone."""
+    (loss,) = losses_of(words)
+    return loss.options
+
+
+def losses_of(words):
     parser = argparse.ArgumentParser()
     for item in dataclasses.fields(PatchArguments):
         if item.metadata.get("action") != "store_true":
             parser.add_argument("--" + item.name.replace("_", "-"), **{**item.metadata, "default": item.default})
-    return given_loss_options(parser.parse_args(words))
+    return given_losses(parser.parse_args(words))
 
 
 def test_flags_and_defaults_are_the_frozen_ones(hf_path):
@@ -146,7 +153,7 @@ def test_preset_lines_hold_several_flags_and_comments(tmp_path, hf_path):
     preset = tmp_path / "mine.args"
     preset.write_text("# the reader's own\n--lr 2e-7 --beta 0.5  # it's small\n\n--pair-data 'a b' c\n--loss-type\nsigmoid\n")
     args = parse([f"@{preset}"], hf_path)
-    assert (args.lr, args.beta, args.pair_data, args.loss_type) == (2e-7, 0.5, ["a b", "c"], "sigmoid")
+    assert (args.lr, args.beta, args.pair_data, args.loss_type) == (2e-7, 0.5, ["a b", "c"], ["sigmoid"])
     assert parse([f"@{preset}", "--beta", "0.7"], hf_path).beta == 0.7, "what comes later wins"
     preset.write_text("--lr 1 --device cuda  # here\n")
     assert requested_device([f"@{preset}"]) == "cuda"
@@ -170,7 +177,7 @@ def test_presets_are_the_papers_numbers(preset, hf_path):
     if preset.stem == "sft":
         assert args.lr == 9e-6
         return
-    options = given_loss_options(args)
+    ((options, _),) = given_losses(args)
     if preset.stem == "dpo":
         assert (options.loss_type, options.beta, options.length_normalised, options.anchor) == ("sigmoid", 0.1, False, "none")
         return
@@ -215,6 +222,21 @@ def test_loss_options_are_the_defaults_overlaid_by_the_flags_given():
     assert options_of(["--anchor", "hinge", "--add-sft-loss"]).anchor == "hinge"
 
 
+def test_several_losses_are_a_weighted_sum():
+    """As TRL's mixed preference optimisation is spelled, loss_type and loss_weights."""
+    words = "--loss-type sigmoid bco sft --loss-weights 0.8 0.2 1 --beta 0.3".split()
+    assert losses_of(words) == loss_sum(["sigmoid", "bco", "sft"], [0.8, 0.2, 1.0], beta=0.3)
+
+
+def test_every_option_of_a_loss_has_its_flag():
+    for name, entry in LOSSES.items():
+        words = ["--loss-type", name]
+        for option, default in entry.defaults.items():
+            if isinstance(default, float) and not option.startswith("anchor"):
+                words += ["--" + option.replace("_", "-"), str(default)]
+        assert options_of(words) == loss_options(name)
+
+
 @pytest.mark.parametrize(
     "words, complaint",
     [
@@ -227,6 +249,7 @@ def test_loss_options_are_the_defaults_overlaid_by_the_flags_given():
         ("--loss-type lpo-sted", "unknown loss 'lpo-sted' .*did you mean lpo-ste"),
         ("--beta 0", "beta = 0.0 is out of range"),
         ("--no-add-sft-loss --gamma 10", "no effect"),
+        ("--loss-type sigmoid sft --loss-weights 1", "loss weights"),
     ],
 )
 def test_contradictions_and_unused_options_are_refused(words, complaint):
@@ -240,8 +263,9 @@ def test_help_losses_prints_every_loss_and_stops(capsys):
     assert stop.value.code == 0
     printed = capsys.readouterr().out.splitlines()
     for name, entry in LOSSES.items():
-        line = printed.index(f"{name}: {entry.paper}, arXiv {entry.arxiv}")
-        assert f"beta={entry.defaults['beta']}" in printed[line + 2]
+        line = printed.index(f"{name}: {entry.paper}" + (f", arXiv {entry.arxiv}" if entry.arxiv else ""))
+        shown = {option: "1/(2 beta)" if default is None else default for option, default in entry.defaults.items()}
+        assert all(f"{option}={default}" in printed[line + 2] for option, default in shown.items())
 
 
 ERRORS = {

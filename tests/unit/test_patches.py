@@ -11,6 +11,7 @@ import pytest
 import torch
 from megatron.core.optimizer import distrib_optimizer
 from megatron.core.pipeline_parallel import schedules
+from megatron.training import checkpointing
 from megatron.training import training as mt
 
 from megatron_patch import cpu_backend, loop_hooks
@@ -62,8 +63,8 @@ def test_standins_take_what_upstream_passes():
 
 @pytest.mark.parametrize("hook", loop_hooks.HOOKS, ids=lambda hook: hook.attribute)
 def test_hooked_global_exists_and_the_loop_looks_it_up(hook):
-    assert callable(getattr(mt, hook.attribute))
-    assert any(hook.attribute in caller.__code__.co_names for caller in (mt.train, mt.evaluate, mt.pretrain))
+    assert callable(getattr(hook.module, hook.attribute))
+    assert any(hook.attribute in caller.__code__.co_names for caller in (mt.train, mt.evaluate, mt.pretrain, checkpointing.load_checkpoint))
 
 
 def test_hooked_signatures():
@@ -75,6 +76,7 @@ def test_hooked_signatures():
     evaluate = parameters(mt.evaluate)
     assert evaluate[:6] == ["forward_step_func", "data_iterator", "model", "process_non_loss_data_func", "config", "verbose"]
     assert {"pg_collection", "p2p_communicator"} <= set(evaluate)
+    assert parameters(checkpointing.check_checkpoint_args)[0] == "checkpoint_args"
     assert parameters(mt.num_floating_point_operations)[:2] == ["args", "batch_size"]
 
 

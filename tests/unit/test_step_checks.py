@@ -75,13 +75,14 @@ def test_infinite_gradient_of_one_rank_stops_both(seen):
 
 def test_tolerances(seen):
     assert "a; loss" in both(seen, "just outside float32")["error"]
+    assert "loss 2.100000, expected 2.000000" in both(seen, "loss differs")["error"]
+    assert both(seen, "bfloat16 loss differs")["error"] is None, "there rounding alone moves a loss with a penalty"
     # In bfloat16 each pair may be far off, but not all of them.
     assert "mean 0.006 (allowed 0.005)" in both(seen, "bfloat16 mean")["error"]
 
 
-@pytest.mark.parametrize("name", ["not fresh", "no reference"])
-def test_later_steps_and_runs_without_reference_are_not_judged(seen, name):
-    result = both(seen, name)
+def test_later_steps_are_not_judged(seen):
+    result = both(seen, "not fresh")
     assert result == {"outcome": [], "error": None, "answer": "answer", "reached": True}
 
 

@@ -62,7 +62,7 @@ class ReferencePass:
         slots = stream.plan.split(numbers)
 
         def micro_batches() -> Iterator[Any]:
-            return (stream.batch(slot[stream.rank]) for slot in slots)
+            return (stream.batch(slot) for slot in slots)
 
         data = micro_batches() if len(self.model) == 1 else [micro_batches() for _ in self.model]
         with torch.no_grad():

@@ -134,5 +134,5 @@ def test_a_bad_pair_is_named(bad, complaint):
 def test_to_moves_every_tensor():
     batch = packed([([1], [2, 3], [4])], multiple_of=4).to("meta")
     tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)] + list(batch.scored[:3])
-    assert len(tensors) == 7 and all(tensor.is_meta for tensor in tensors)
+    assert len(tensors) == 8 and all(tensor.is_meta for tensor in tensors)
     assert isinstance(batch, PackedBatch) and batch.scored.responses == 2 and batch.names == ("p0",)

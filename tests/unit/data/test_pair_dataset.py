@@ -79,7 +79,7 @@ def test_samples_are_the_documents_of_all_stores_end_to_end(tmp_path, kind, size
 def test_every_kind_can_be_packed(tmp_path, kind):
     documents = random_documents(np.random.default_rng(3), kind, 4)
     samples = SampleSet([write(tmp_path / "s", kind, documents)], kind)
-    batch = make_stream(samples, batch=4).batch(np.arange(4))
+    batch = make_stream(samples, batch=4).batch([np.arange(4)])
     expected = [plain(kind, document) for document in documents]
     per_sample = samples.responses_per_sample
     assert batch.lengths.tolist() == [sum(expected[p][r][1]) for r in range(per_sample) for p in range(4)]
@@ -108,7 +108,7 @@ def test_reference_comes_with_its_pair_and_must_be_of_these_weights(tmp_path):
     samples = SampleSet(prefixes, "pairs", with_reference=True, weights_fingerprint="w")
     for number in range(5):
         np.testing.assert_array_equal(samples[number].reference, logps[number])
-    batch = make_stream(samples, batch=5).batch(np.array([4, 0]))
+    batch = make_stream(samples, batch=5).batch([np.array([4, 0])])
     assert batch.reference.tolist() == [logps[4, 0], logps[0, 0], logps[4, 1], logps[0, 1]]
     with pytest.raises(ValueError, match=r"a\.ref\.json: reference log-probs of another weights: made for w, needed for v"):
         SampleSet(prefixes, "pairs", with_reference=True, weights_fingerprint="v")

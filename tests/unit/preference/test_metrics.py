@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from megatron_patch.preference.losses import LOSSES, PairLogps, loss_options, preference_loss
+from megatron_patch.preference.inputs import PairLogps, Surroundings
+from megatron_patch.preference.losses import LOSSES, WeightedLoss, loss_options, loss_sum, preference_loss
 from megatron_patch.preference.metrics import preference_metrics
 
 NAMES = {
@@ -21,11 +22,14 @@ def three_pairs():
         ref_rejected=torch.tensor([-69.0, -69.0, -8.0]),
         chosen_len=torch.tensor([20, 10, 5]),
         rejected_len=torch.tensor([30, 30, 30]),
+        score_chosen=torch.tensor([1.0, 2.0, 3.0]),
+        score_rejected=torch.tensor([0.5, 0.0, 0.0]),
     )
 
 
-def measure(logps, options):
-    return preference_metrics(logps, options, preference_loss(logps, options))
+def measure(logps, *options):
+    parts = tuple(WeightedLoss(part) for part in options)
+    return preference_metrics(logps, parts, preference_loss(logps, parts), Surroundings())
 
 
 def test_values_by_hand():
@@ -51,6 +55,7 @@ def test_anchor_activity_follows_slack_and_absence():
     assert active(anchor_slack=0.41) == [0.0, 3.0]
     assert active(anchor_slack=0.41, length_normalised=False) == [0.0, 3.0]
     assert active(anchor="none") == [0.0, 3.0]
+    assert active(anchor="spo", anchor_slack=0.39) == [1.0, 3.0]
 
 
 def test_loss_without_anchor_is_the_loss_when_there_is_none():
@@ -58,7 +63,14 @@ def test_loss_without_anchor_is_the_loss_when_there_is_none():
     assert torch.equal(metrics["loss"], metrics["lpo/loss_without_anchor"])
 
 
-@pytest.mark.parametrize("name", LOSSES)
+def test_rewards_of_a_sum_are_those_of_its_first_loss():
+    logps, parts = three_pairs(), loss_sum(["sigmoid", "lpo"], [1.0, 0.5])
+    metrics = preference_metrics(logps, parts, preference_loss(logps, parts), Surroundings())
+    assert metrics["rewards/margins"].tolist() == pytest.approx([0.1 * (8 - 7), 3.0])
+    assert metrics["loss"].tolist() == pytest.approx([preference_loss(logps, parts).sum().item(), 3.0])
+
+
+@pytest.mark.parametrize("name", [name for name, entry in LOSSES.items() if not entry.needs_peers])
 def test_splits_add_up_and_no_pairs_is_zero(name):
     whole, options = three_pairs(), loss_options(name)
     parts = [PairLogps(**{k: v[rows] for k, v in vars(whole).items() if v is not None}) for rows in (slice(0, 1), slice(1, 3), slice(0, 0))]
@@ -71,6 +83,6 @@ def test_splits_add_up_and_no_pairs_is_zero(name):
 @pytest.mark.parametrize("name", LOSSES)
 def test_nothing_waits_for_the_device(name):
     """Tensors without data refuse every read on the host, so that whatever runs on them does not synchronise a GPU either."""
-    logps = PairLogps(*(torch.zeros(3, device="meta") for _ in range(6)))
+    logps = PairLogps(*(torch.zeros(3, device="meta") for _ in range(8)))
     options = loss_options(name, length_normalised=None, anchor="hinge", anchor_slack=0.1)
     assert all(value.shape == (2,) for value in measure(logps, options).values())
