@@ -27,7 +27,8 @@ def preference_metrics(logps: PairLogps, options: LossSum, losses: Tensor, aroun
         logps/{chosen,rejected}: policy's log-probability of the response, summed over its tokens, nats;
         lpo/{chosen,rejected}_logratio, lpo/margin: nats per token, and their difference;
         lpo/anchor_active: 1 where the anchor contributes (0 without an anchor);
-        lpo/loss_without_anchor, loss: loss of the pair without and with its anchor.
+        lpo/loss_without_anchor, loss: loss of the pair without and with its anchor;
+        statistics/*: the running statistics that the losses used, if they have any.
     """
     first = options[0].options
     with torch.no_grad():
@@ -46,6 +47,7 @@ def preference_metrics(logps: PairLogps, options: LossSum, losses: Tensor, aroun
             "lpo/anchor_active": _anchor_active(logps, options, around),
             "lpo/loss_without_anchor": preference_loss(logps, without_anchor(options), around),
             "loss": losses,
+            **{f"statistics/{name}": torch.full_like(losses, value) for name, value in around.statistics.items()},
         }
         return {name: _sum_and_count(values) for name, values in per_pair.items()}
 

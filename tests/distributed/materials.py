@@ -52,14 +52,18 @@ def make_model(folder: Path, *, tied: bool, seed: int) -> Path:
     return folder
 
 
-def make_store(prefix: Path, kind: str, *, count: int = PAIRS, longest: int = 20, seed: int = 0, vocabulary: int = VOCABULARY) -> Path:
-    """``count`` documents of random tokens; lengths from one token to ``longest``, the extremes included."""
+def make_store(
+    prefix: Path, kind: str, *, count: int = PAIRS, longest: int = 20, seed: int = 0, vocabulary: int = VOCABULARY, scored: bool = True
+) -> Path:
+    """``count`` documents of random tokens; lengths from one token to ``longest``, the extremes included; pairs with scores."""
     rng = np.random.default_rng(seed)
     parts = {"pairs": 3, "sft": 2}[kind]
     with PairStoreWriter(prefix, kind) as writer:
         for i in range(count):
             lengths = rng.integers(1, longest + 1, parts) if i > 1 else np.full(parts, (1, longest)[i])
-            writer.add([rng.integers(0, vocabulary, length) for length in lengths], id=f"p{i:03d}", group=str(i))
+            tokens = [rng.integers(0, vocabulary, length) for length in lengths]
+            scores = (float(1 + i % 5), float(-(i % 3))) if scored and kind == "pairs" else None
+            writer.add(tokens, id=f"p{i:03d}", group=str(i), scores=scores)
         writer.commit(tokenizer={"fingerprint": "t"}, template={"fingerprint": "x"}, sources=[])
     return prefix
 
