@@ -306,9 +306,14 @@ def describe_losses() -> str:
     """The table of losses for `--help-losses`: name, paper, arXiv number, when to use it, options with their defaults."""
     lines: list[str] = []
     for name, entry in LOSSES.items():
-        settings = " ".join(f"{option}={'1/(2 beta)' if default is None else default}" for option, default in entry.defaults.items())
+        own = {option: default for option, default in entry.defaults.items() if option not in _ANCHOR}
         paper = f"{entry.paper}, arXiv {entry.arxiv}" if entry.arxiv else entry.paper
-        lines += [f"{name}: {paper}", f"    {entry.when}", f"    {settings}"]
+        lines += [f"{name}: {paper}", f"    {entry.when}", f"    {_shown(own)}"]
         if entry.gamma_fills:
             lines.append(f"    --gamma means {entry.gamma_fills}")
+    lines += ["every loss takes the anchor's constants too; anchor is none, hinge or spo (experimental):", f"    {_shown(_ANCHOR)}"]
     return "\n".join(lines)
+
+
+def _shown(settings: Settings) -> str:
+    return " ".join(f"{option}={'1/(2 beta)' if default is None else default}" for option, default in settings.items())
