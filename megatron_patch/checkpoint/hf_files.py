@@ -1,5 +1,7 @@
 """Hugging Face checkpoint folders as files: what they hold, slices of it, their fingerprint, and writing them.
 
+A folder is written under a hidden name beside its target and renamed at the end, so that a reader finds all of it or nothing.
+
 Headers are read here rather than through the safetensors library, because names, shapes and byte ranges of a whole model are then known
 from a few kilobytes a file, which is all that the checks and the fingerprint need. The slices themselves go through the library.
 Nothing here knows Megatron, so that data tools can fingerprint a checkpoint without it.
@@ -11,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,6 +28,11 @@ from torch import Tensor
 from megatron_patch.checkpoint.hf_mapping import EMBEDDING, OUTPUT, ModelShape, Piece, hf_tensors, is_hf_name_ignored
 
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
+MARKER = "export.json"  # says that a folder was written by this project, so it may be replaced
+COMPANIONS = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 _SAMPLE_BYTES = 64 * 1024  # of each end and the middle of a tensor, for the fingerprint
 
@@ -209,3 +217,44 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy the generation config and tokenizer files, those that there are."""
+    for name in COMPANIONS:
+        if (source / name).exists():
+            shutil.copyfile(source / name, folder / name)
+
+
+def refuse_foreign_folder(out: Path) -> None:
+    """Raise ValueError if ``out`` holds anything but an earlier export, known by its ``export.json``."""
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / MARKER).exists())):
+        raise ValueError(f"{out} exists, is not empty and is no earlier export (no {MARKER} in it): it is not overwritten")
+
+
+def temporary_folder(out: Path) -> Path:
+    """Where the files of ``out`` are written before it exists."""
+    return out.with_name(f".{out.name}.partial")
+
+
+def make_temporary_folder(out: Path) -> None:
+    """Make ``temporary_folder(out)``, empty."""
+    temporary = temporary_folder(out)
+    if temporary.exists():
+        shutil.rmtree(temporary)  # left behind by an export that was killed
+    temporary.mkdir(parents=True)
+
+
+def publish(out: Path) -> None:
+    """The one rename that makes ``out`` exist; an earlier one is moved aside before it and removed after it."""
+    temporary = temporary_folder(out)
+    sync_folder(temporary)
+    earlier = out.with_name(f".{out.name}.replaced")
+    if earlier.exists():
+        shutil.rmtree(earlier)
+    if out.exists():
+        out.rename(earlier)
+    temporary.rename(out)
+    sync_folder(out.parent)
+    if earlier.exists():
+        shutil.rmtree(earlier)

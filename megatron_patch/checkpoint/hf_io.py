@@ -9,7 +9,6 @@ receive. Export writes into a folder beside the target and renames it at the end
 """
 
 import math
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,12 +22,17 @@ from torch import Tensor, nn
 from megatron_patch.checkpoint.hf_files import (
     DTYPES,
     INDEX_FILE,
+    MARKER,
     SINGLE_FILE,
     SliceReader,
     StoredTensor,
+    copy_companions,
+    make_temporary_folder,
+    publish,
     read_checkpoint,
     read_config,
-    sync_folder,
+    refuse_foreign_folder,
+    temporary_folder,
     write_json,
     write_safetensors,
 )
@@ -48,11 +52,6 @@ from megatron_patch.checkpoint.hf_mapping import (
     shard_pieces,
 )
 
-COPIED_FILES = (
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
-    "added_tokens.json", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
-MARKER = "export.json"  # says that a folder was written here, so it may be replaced
 DEFAULT_SHARD_BYTES = 5 * 10**9  # the size that the Hub's tools use
 
 FilePlan = list[list[tuple[str, list[str]]]]  # for each pipeline stage its files: name, and the tensors in it
@@ -122,13 +121,14 @@ def save_hf_weights(
         raise ValueError(f"dtype {dtype} cannot be exported; one of {', '.join(map(str, DTYPES))}")
     config = read_config(source)
     shape = ModelShape.from_hf(config)
-    temporary = out.with_name(f".{out.name}.partial")
-    _on_rank_zero(lambda: _make_empty_folder(out, temporary))
+    temporary = temporary_folder(out)
+    _on_rank_zero(lambda: refuse_foreign_folder(out))
+    _on_rank_zero(lambda: make_temporary_folder(out))
     files = _plan_files(_names_of_stages(model_chunks, shape), shape, dtype, max_shard_bytes)
     _write_stage(model_chunks, shape, temporary, files, dtype)
     torch.distributed.barrier()  # every stage's files are on disk
     _on_rank_zero(lambda: _add_other_files(temporary, source, config, files, dtype))
-    _on_rank_zero(lambda: _publish(temporary, out))
+    _on_rank_zero(lambda: publish(out))
 
 
 def _parameters(model_chunks: Sequence[nn.Module]) -> Iterator[OwnedParameter]:
@@ -180,19 +180,6 @@ def _compare_tied(shape: ModelShape, stored: dict[str, StoredTensor], rows_at_on
             length = min(rows_at_once, shape.vocab - start)
             if not torch.equal(*(read(Piece(name, 0, start, length, 0)) for name in (EMBEDDING, OUTPUT))):
                 raise ValueError(f"config.json ties the embeddings, but {OUTPUT} differs from {EMBEDDING} in {stored[OUTPUT].file}")
-
-
-def refuse_foreign_folder(out: Path) -> None:
-    """Raise ValueError if ``out`` holds anything but an earlier export, known by its ``export.json``."""
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / MARKER).exists())):
-        raise ValueError(f"{out} exists, is not empty and is no earlier export (no {MARKER} in it): it is not overwritten")
-
-
-def _make_empty_folder(out: Path, temporary: Path) -> None:
-    refuse_foreign_folder(out)
-    if temporary.exists():
-        shutil.rmtree(temporary)  # left behind by an export that was killed
-    temporary.mkdir(parents=True)
 
 
 def _names_of_stages(model_chunks: Sequence[nn.Module], shape: ModelShape) -> list[list[str]]:
@@ -267,20 +254,4 @@ def _add_other_files(folder: Path, source: Path, config: dict[str, Any], files: 
     write_json(folder / MARKER, {"source": str(source), "dtype": str(dtype).removeprefix("torch.")})
     fields = [field for field in ("torch_dtype", "dtype") if field in config] or ["torch_dtype"]
     write_json(folder / "config.json", {**config, **dict.fromkeys(fields, str(dtype).removeprefix("torch."))})
-    for name in COPIED_FILES:
-        if (source / name).exists():
-            shutil.copyfile(source / name, folder / name)
-
-
-def _publish(temporary: Path, out: Path) -> None:
-    """The one rename that makes the export exist; an earlier one is moved aside before it and removed after it."""
-    sync_folder(temporary)
-    earlier = out.with_name(f".{out.name}.replaced")
-    if earlier.exists():
-        shutil.rmtree(earlier)
-    if out.exists():
-        out.rename(earlier)
-    temporary.rename(out)
-    sync_folder(out.parent)
-    if earlier.exists():
-        shutil.rmtree(earlier)
+    copy_companions(source, folder)

@@ -25,7 +25,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from safetensors.torch import load_file
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_patch.checkpoint import hf_io
+from megatron_patch.checkpoint import hf_files
 from megatron_patch.checkpoint.hf_io import load_hf_weights, save_hf_weights
 from megatron_patch.checkpoint.hf_mapping import ModelShape, check_layout, find_row, shard_pieces
 from megatron_patch.model.layer_specs import qwen2_block_spec
@@ -160,7 +160,7 @@ def roundtrip_rank(job, rank):
     if "wrapped" in job:
         chunks = [Float16Module(chunk.config, chunk) for chunk in chunks]
     if "full_disk" in job:
-        with mock.patch.object(hf_io, "sync_folder", side_effect=OSError("disk full")):
+        with mock.patch.object(hf_files, "sync_folder", side_effect=OSError("disk full")):
             must_refuse(lambda: save_hf_weights(chunks, job["out"], source, dtype), "disk full")
         assert not Path(job["out"]).exists(), "half an export"
     save_hf_weights(chunks, job["out"], source, dtype)
