@@ -69,6 +69,10 @@ _LPO: Settings = {"beta": 0.2, "offset": None, "length_normalised": True, "ancho
 _SIDES: Settings = {"r1": 1.0, "r2": 1.0}
 
 
+def _without_beta(settings: Settings) -> Settings:
+    return {name: value for name, value in settings.items() if name != "beta"}
+
+
 def _lpo(function: LossFunction, when: str, sided: bool, anchor_function: LossFunction = anchors.weighted) -> LossEntry:
     defaults = {**_LPO, **(_SIDES if sided else {})}
     return LossEntry(function, "Linear Preference Optimization", "2508.14947", defaults, when, anchor_function, "anchor_weight")
@@ -143,7 +147,7 @@ LOSSES: dict[str, LossEntry] = {
         {**_PER_TOKEN, "beta": 10.0, "margin": 0.3, "upper_margin": 0.5},
         "A smooth relative of LPO's distance: the margin is kept in a band."),
     "slic": LossEntry(
-        likelihood.slic, "SLiC-HF", "2305.10425", {**_SUMS, "margin": 1.0, "sft_weight": 0.1},
+        likelihood.slic, "SLiC-HF", "2305.10425", {**_without_beta(_SUMS), "margin": 1.0, "sft_weight": 0.1},
         "Without the reference in the loss: a hinge on log-probs with a fine-tuning term."),
     "orpo": LossEntry(
         likelihood.orpo, "ORPO", "2403.07691", _PER_TOKEN,
@@ -161,7 +165,7 @@ LOSSES: dict[str, LossEntry] = {
         "Reasoning, in rounds: DPO with a fine-tuning term per token."),
     "sft": LossEntry(
         likelihood.sft, "Fine-tuning term (Mixed Preference Optimization)", "2411.10442",
-        {name: value for name, value in _PER_TOKEN.items() if name != "beta"},
+        _without_beta(_PER_TOKEN),
         "As a part of a weighted sum, or as the baseline that sees only the chosen responses."),
     "lpo": _lpo(linear.lpo, "Plain linear loss in the scale of the released code; the base of the family's ablations.", sided=False),
     "lpo-paper": _lpo(linear.lpo_paper, "Eq. 6 as printed: half of lpo's preference term against the same anchor.", sided=False),
