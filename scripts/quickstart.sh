@@ -4,6 +4,7 @@
 #   scripts/quickstart.sh             about 6 minutes on 2 cores
 #   QUICKSTART_SMALL=1 scripts/quickstart.sh    the same path with few steps, for tests: its numbers mean nothing
 #   QUICKSTART_OUT=DIR scripts/quickstart.sh    another folder; one that an earlier quickstart made is removed, any other is refused
+#   QUICKSTART_UNTIL=pairs scripts/quickstart.sh   stops after stage 4: what scripts/compare_losses.sh starts from
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ROOT=$PWD
@@ -12,6 +13,10 @@ if [ -e "$out" ] && [ ! -f "$out/.quickstart" ]; then
   echo "[error] $out exists and no quickstart made it (no .quickstart in it): remove it, or set QUICKSTART_OUT to another folder" >&2
   exit 2
 fi
+case ${QUICKSTART_UNTIL:-report} in
+  pairs | report) ;;
+  *) echo "[error] QUICKSTART_UNTIL: '$QUICKSTART_UNTIL' is none of pairs, report" >&2; exit 2 ;;
+esac
 scripts/setup_env.sh
 PYTHON=$ROOT/.venv/bin/python
 unset N STAGES TEMPERATURE TOP_P SEED PP SLURM_NNODES # choices of other jobs in this shell are not ours
@@ -65,6 +70,7 @@ data_job=toolkits/lpo_data_preprocessing/scripts/gene_lpo_lam_cand.sh
 INPUT=$out/problems/pairs.jsonl OUTPUT=$out/pairs VALID_FRACTION=0.1 bash "$data_job"
 INPUT=$out/problems/heldout.jsonl OUTPUT=$out/heldout STAGES="normalise candidates select build_pairs" bash "$data_job"
 finished pairs
+if [ "${QUICKSTART_UNTIL:-report}" = pairs ]; then exit 0; fi
 
 say "5/6 LPO and DPO from the same weights on the same pairs, TP 2 with sequence parallelism"
 common=(--hf-path "$HF_PATH" --pair-data "$out/pairs/train" --valid-pair-data "$out/pairs/valid" --eval-interval 50

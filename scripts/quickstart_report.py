@@ -14,35 +14,18 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from greedy_accuracy import greedy_accuracy, load, read_problems
 from transformers.utils import logging as transformers_logging
 
 from megatron_patch.data.atomic_files import read_json, write_json
 from megatron_patch.data.pair_store import PairStore, reference_record
 from megatron_patch.evaluation.parity import transformers_logps
+from toolkits.loss_comparison.measure import fraction_solved, greedy_answers, load, log_ratios, pair_numbers, read_problems
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 RUNS = {"lpo": "LPO (lpo-ste)", "dpo": "DPO (sigmoid)"}
 COLOURS = {"lpo": "tab:blue", "dpo": "tab:orange"}
-
-
-def log_ratios(store: PairStore, policy: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """float64 [pairs, 2]: chosen and rejected log-ratio, nats per token."""
-    return (policy - reference) / store.lengths[:, 1:]
-
-
-def heldout_numbers(ratios: np.ndarray) -> dict[str, float]:
-    """Means over held-out pairs; ``preference_accuracy`` is the fraction with a positive margin."""
-    margin = ratios[:, 0] - ratios[:, 1]
-    return {
-        "preference_accuracy": float((margin > 0).mean()),
-        "chosen_logratio": float(ratios[:, 0].mean()),
-        "rejected_logratio": float(ratios[:, 1].mean()),
-        "margin": float(margin.mean()),
-        "margin_stderr": float(margin.std(ddof=1) / np.sqrt(len(margin))),
-    }
 
 
 def training_rows(run: Path) -> list[dict[str, Any]]:
@@ -94,11 +77,11 @@ def make_report(out: Path) -> dict[str, Any]:
     store, trained = PairStore(out / "heldout/train"), PairStore(out / "pairs/train")
     pairs = [store[i] for i in range(len(store))]
     reference = transformers_logps(models["sft"], pairs)
-    heldout = {run: heldout_numbers(log_ratios(store, transformers_logps(models[run], pairs), reference)) for run in RUNS}
+    heldout = {run: pair_numbers(log_ratios(store, transformers_logps(models[run], pairs), reference)) for run in RUNS}
     step_zero = json.loads((out / "lpo/step_zero.json").read_text(encoding="utf-8"))
     seconds = dict(line.split("\t") for line in (out / "seconds.tsv").read_text(encoding="utf-8").splitlines())
     return {
-        **{f"{name}_accuracy": greedy_accuracy(*load(folder), problems) for name, folder in models.items()},
+        **{f"{name}_accuracy": fraction_solved(greedy_answers(*load(folder), problems), problems) for name, folder in models.items()},
         "heldout": heldout,
         "heldout_problems": len(problems),
         "heldout_pair_count": len(store),
