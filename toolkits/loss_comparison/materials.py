@@ -1,0 +1,137 @@
+"""What a comparison needs on disk before its first training: the quickstart's model, problems and pairs, and other sets of pairs.
+
+All of it is made by what makes it elsewhere too (scripts/quickstart.sh and the data stages), once: what is there and belongs to the
+model is kept. A pair set's folder carries a digest of its definition and of the model, so another definition is another folder.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron_patch.checkpoint.hf_files import weights_fingerprint
+from megatron_patch.data.pair_store import PairStore, read_reference_logps
+from toolkits.loss_comparison.plan import Comparison, PairSet
+
+DATA_JOB = "toolkits/lpo_data_preprocessing/scripts/gene_lpo_lam_cand.sh"
+LIMITS = {"MAX_NEW_TOKENS": "64", "MAX_LENGTH": "128"}  # tokens, as in the quickstart
+# The quickstart's split: a prompt that its validation pairs hold is in no training set.
+SPLIT = ("--seed", "1", "--valid-fraction", "0.1")
+SPLITS = ("valid", "heldout")
+
+
+@dataclass(frozen=True)
+class Store:
+    """A pair store with reference log-probs."""
+
+    prefix: str
+    fingerprint: str
+    pairs: int
+
+
+@dataclass(frozen=True)
+class Materials:
+    """Where everything is, and what identifies it."""
+
+    model: Path
+    """Hugging Face folder of the fine-tuned model: where every run starts, and the reference."""
+    weights: str
+    """Its fingerprint."""
+    problems: Mapping[str, Path]
+    """JSONL of the "valid" and "heldout" problems."""
+    stores: Mapping[str, Store]
+    """Pairs of the "valid" and "heldout" prompts."""
+    training: Mapping[str | None, Store]
+    """By the name of the pair set; None: the quickstart's."""
+
+
+class StageError(Exception):
+    """A script that makes materials failed; it has said why. ``code``: its exit code."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"exit code {code}")
+        self.code = code
+
+
+def make_materials(comparison: Comparison, out: Path) -> Materials:
+    """Make what is missing; pair sets go under ``out``.
+
+    Raises:
+        StageError: a stage failed. ValueError: a file of the materials is damaged.
+    """
+    folder = comparison.materials
+    if not _is_complete(folder):
+        _run(["bash", "scripts/quickstart.sh"], QUICKSTART_UNTIL="pairs", QUICKSTART_OUT=str(folder))
+    model = folder / "sft/hf"
+    weights = weights_fingerprint(model)
+    prefixes = {"valid": folder / "pairs/valid", "heldout": folder / "heldout/train"}
+    if not _has_reference(prefixes["heldout"], weights):  # the quickstart measures held-out pairs after training only
+        _data_job("reference_logps", model, folder / "heldout")
+    training: dict[str | None, Store] = {None: _store(folder / "pairs/train")}
+    for name, pairs in comparison.pair_sets.items():
+        training[name] = _store(_make_pair_set(name, pairs, folder, weights, out))
+    problems = {split: folder / f"problems/{split}.jsonl" for split in SPLITS}
+    return Materials(model, weights, problems, {split: _store(prefixes[split]) for split in SPLITS}, training)
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether the quickstart got as far as its pairs."""
+    needed = ("sft/hf/config.json", "pairs/train.ref.json", "pairs/valid.ref.json", "heldout/train.json", "problems/heldout.jsonl")
+    return all((folder / name).exists() for name in needed)
+
+
+def _store(prefix: Path) -> Store:
+    store = PairStore(prefix, kind="pairs")
+    return Store(str(prefix), store.fingerprint, len(store))
+
+
+def _has_reference(prefix: Path, weights: str) -> bool:
+    try:
+        read_reference_logps(PairStore(prefix, kind="pairs"), weights_fingerprint=weights)
+    except ValueError:  # none, damaged, or of another model
+        return False
+    return True
+
+
+def _make_pair_set(name: str, pairs: PairSet, materials: Path, weights: str, out: Path) -> Path:
+    """The prefix of a pair set's training store, made if it is not there."""
+    identity = json.dumps([asdict(pairs), weights], sort_keys=True)
+    folder = out / "pair_sets" / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
+    if _has_reference(folder / "train", weights):
+        return folder / "train"
+    model = materials / "sft/hf"
+    sampling = "normalise candidates" if pairs.candidates == "sampled" else "normalise"
+    _data_job(sampling, model, folder, INPUT=str(materials / "problems/pairs.jsonl"), N=str(pairs.n), SEED=str(pairs.seed))
+    candidates = str(folder / "candidates.jsonl")
+    if pairs.candidates == "perturbed":
+        options = ["-n", str(pairs.n), "--seed", str(pairs.seed), "--overwrite"]
+        _stage("perturb", ["--input", str(folder / "records.jsonl"), "--output", candidates, *options])
+    output = ["--output", str(folder / "train.jsonl"), "--valid-output", str(folder / "valid.jsonl"), "--overwrite"]
+    _stage("select", ["--input", candidates, *output, *SPLIT, *_selection(pairs)])
+    _data_job("build_pairs reference_logps", model, folder)
+    return folder / "train"
+
+
+def _selection(pairs: PairSet) -> list[str]:
+    words = ["--method", pairs.method, "--max-pairs-per-prompt", str(pairs.max_pairs_per_prompt)]
+    words += ["--swap-fraction", str(pairs.swap_fraction)] if pairs.swap_fraction else []
+    return words + (["--scores"] if pairs.scores else [])
+
+
+def _stage(name: str, words: Sequence[str]) -> None:
+    _run([sys.executable, "-m", f"toolkits.lpo_data_preprocessing.{name}", *words])
+
+
+def _data_job(stages: str, model: Path, output: Path, **environment: str) -> None:
+    """Stages of the data job; only the first of them reads INPUT."""
+    _run(["bash", DATA_JOB], **{"INPUT": "unused", **environment, **LIMITS, "STAGES": stages, "HF_PATH": str(model), "OUTPUT": str(output)})
+
+
+def _run(command: Sequence[str], **environment: str) -> None:
+    code = subprocess.run(command, env={**os.environ, **environment}, check=False).returncode
+    if code:
+        raise StageError(code)
