@@ -1,7 +1,8 @@
 """What a comparison needs on disk before its first training: the quickstart's model, problems and pairs, and other sets of pairs.
 
 All of it is made by what makes it elsewhere too (scripts/quickstart.sh and the data stages), once: what is there and belongs to the
-model is kept. A pair set's folder carries a digest of its definition and of the model, so another definition is another folder.
+model is kept. The quickstart's folder is only read; stores made here go under the comparison's own. Their folders carry a digest of what
+they are made of, so another definition or another model is another folder.
 """
 
 import hashlib
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_patch.checkpoint.hf_files import weights_fingerprint
 from megatron_patch.data.pair_store import PairStore, read_reference_logps
@@ -58,7 +60,7 @@ class StageError(Exception):
 
 
 def make_materials(comparison: Comparison, out: Path) -> Materials:
-    """Make what is missing; pair sets go under ``out``.
+    """Make what is missing; stores go under ``out``.
 
     Raises:
         StageError: a stage failed. ValueError: a file of the materials is damaged.
@@ -68,19 +70,17 @@ def make_materials(comparison: Comparison, out: Path) -> Materials:
         _run(["bash", "scripts/quickstart.sh"], QUICKSTART_UNTIL="pairs", QUICKSTART_OUT=str(folder))
     model = folder / "sft/hf"
     weights = weights_fingerprint(model)
-    prefixes = {"valid": folder / "pairs/valid", "heldout": folder / "heldout/train"}
-    if not _has_reference(prefixes["heldout"], weights):  # the quickstart measures held-out pairs after training only
-        _data_job("reference_logps", model, folder / "heldout")
+    stores = {"valid": _store(folder / "pairs/valid"), "heldout": _store(_make_heldout(folder, weights, out))}
     training: dict[str | None, Store] = {None: _store(folder / "pairs/train")}
     for name, pairs in comparison.pair_sets.items():
         training[name] = _store(_make_pair_set(name, pairs, folder, weights, out))
     problems = {split: folder / f"problems/{split}.jsonl" for split in SPLITS}
-    return Materials(model, weights, problems, {split: _store(prefixes[split]) for split in SPLITS}, training)
+    return Materials(model, weights, problems, stores, training)
 
 
 def _is_complete(folder: Path) -> bool:
     """Whether the quickstart got as far as its pairs."""
-    needed = ("sft/hf/config.json", "pairs/train.ref.json", "pairs/valid.ref.json", "heldout/train.json", "problems/heldout.jsonl")
+    needed = ("sft/hf/config.json", "pairs/train.ref.json", "pairs/valid.ref.json", "heldout/train.json")
     return all((folder / name).exists() for name in needed)
 
 
@@ -97,23 +97,38 @@ def _has_reference(prefix: Path, weights: str) -> bool:
     return True
 
 
+def _make_heldout(materials: Path, weights: str, out: Path) -> Path:
+    """The quickstart's held-out pairs with what an evaluation during training needs: reference log-probs, and scores for some losses."""
+    folder = out / "pair_sets" / f"heldout-{_digest(weights)}"
+    if not _has_reference(folder / "train", weights):
+        _select(materials / "heldout/candidates.jsonl", folder, ["--scores"])
+        _data_job("build_pairs reference_logps", materials / "sft/hf", folder)
+    return folder / "train"
+
+
 def _make_pair_set(name: str, pairs: PairSet, materials: Path, weights: str, out: Path) -> Path:
     """The prefix of a pair set's training store, made if it is not there."""
-    identity = json.dumps([asdict(pairs), weights], sort_keys=True)
-    folder = out / "pair_sets" / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
+    folder = out / "pair_sets" / f"{name}-{_digest([asdict(pairs), weights])}"
     if _has_reference(folder / "train", weights):
         return folder / "train"
     model = materials / "sft/hf"
     sampling = "normalise candidates" if pairs.candidates == "sampled" else "normalise"
     _data_job(sampling, model, folder, INPUT=str(materials / "problems/pairs.jsonl"), N=str(pairs.n), SEED=str(pairs.seed))
-    candidates = str(folder / "candidates.jsonl")
+    candidates = folder / "candidates.jsonl"
     if pairs.candidates == "perturbed":
         options = ["-n", str(pairs.n), "--seed", str(pairs.seed), "--overwrite"]
-        _stage("perturb", ["--input", str(folder / "records.jsonl"), "--output", candidates, *options])
-    output = ["--output", str(folder / "train.jsonl"), "--valid-output", str(folder / "valid.jsonl"), "--overwrite"]
-    _stage("select", ["--input", candidates, *output, *SPLIT, *_selection(pairs)])
+        _stage("perturb", ["--input", str(folder / "records.jsonl"), "--output", str(candidates), *options])
+    _select(candidates, folder, ["--valid-output", str(folder / "valid.jsonl"), *SPLIT, *_selection(pairs)])
     _data_job("build_pairs reference_logps", model, folder)
     return folder / "train"
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _select(candidates: Path, folder: Path, words: Sequence[str]) -> None:
+    _stage("select", ["--input", str(candidates), "--output", str(folder / "train.jsonl"), "--overwrite", *words])
 
 
 def _selection(pairs: PairSet) -> list[str]:

@@ -278,7 +278,7 @@ def _check_pair_sets(comparison: Comparison, path: Path) -> None:
         where = f"{path}: pair_sets.{name}."
         if name not in {run.pairs for run in comparison.runs}:
             raise ValueError(f"{where.rstrip('.')}: no run uses it")
-        if pairs.swap_fraction and pairs.max_pairs_per_prompt > 1:
-            raise ValueError(f"{where}swap_fraction: needs max_pairs_per_prompt = 1")
+        if pairs.swap_fraction and (pairs.method != "judged" or pairs.max_pairs_per_prompt > 1):
+            raise ValueError(f'{where}swap_fraction: needs method = "judged" and max_pairs_per_prompt = 1')
         if pairs.swap_fraction and pairs.scores:
             raise ValueError(f"{where}scores: a swapped pair would prefer the lower score; give one of swap_fraction and scores")

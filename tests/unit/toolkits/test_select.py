@@ -4,7 +4,7 @@ import pytest
 from toolkit_helpers import files, read_jsonl, record, write_jsonl
 
 from toolkits.lpo_data_preprocessing.records import Tally
-from toolkits.lpo_data_preprocessing.select import is_validation, main, select_lppc
+from toolkits.lpo_data_preprocessing.select import is_validation, main, select_judged, select_lppc, select_verified
 
 
 def sampled(*texts, cut=()):
@@ -101,3 +101,63 @@ def test_existing_output(tmp_path, fails):
     write_jsonl(tmp_path / "in.jsonl", [GOOD])
     assert "exists already" in fails(main, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
     assert (tmp_path / "out.jsonl").read_text() == "mine"
+
+
+def test_verified_leaves_out_what_is_right():
+    tally = Tally()
+    samples = sampled("7+5=12\n#### 12", "other words\n#### 12", "#### 13", "#### 12", cut=(3,))
+    result = select_verified(record(0, chosen="7+5=12\n#### 12", candidates=samples), "f:1", None, tally)
+    assert result is not None and (result["rejected"], result["rejected_ended"]) == (["#### 13", "#### 12"], [True, False])
+    assert tally.left_out["right_candidate"] == 2
+
+
+def test_judged_takes_both_sides_from_samples():
+    tally = Tally()
+    samples = sampled("#### 13", "so\n#### 12", "thus\n#### 12", "#### 14", "#### 15", cut=(4,))
+    result = select_judged(record(0, chosen="7+5=12\n#### 12", rejected=["given"], candidates=samples), "f:1", None, tally)
+    assert result is not None and (result["chosen"], result["rejected"]) == ("so\n#### 12", ["#### 13", "#### 14"])
+    assert tally.left_out["cut_candidate"] == 1
+    assert select_judged(record(0, chosen="#### 12", candidates=sampled("#### 13")), "f:1", None, tally) is None
+    assert tally.left_out["no_right_candidate"] == 1
+
+
+def test_an_answer_without_a_number_cannot_judge(fails, tmp_path):
+    rows = write_jsonl(tmp_path / "in.jsonl", [record(0, chosen="none", candidates=sampled("#### 1"))])
+    line = fails(main, "--input", rows, "--output", tmp_path / "out.jsonl", "--method", "verified")
+    assert "in.jsonl:1: the reference answer has no final number" in line
+
+
+def test_swapped_labels(tmp_path):
+    """About the fraction asked for, the same ones every time, and those whole pairs turned round."""
+    rows = [record(i, f"question {i}", chosen=f"#### {i}", candidates=sampled(f"so #### {i}", f"#### {i + 1}")) for i in range(500)]
+    assert stage(tmp_path, rows, "--method", "judged", "--max-pairs-per-prompt", "1", "--swap-fraction", "0.2") == 0
+    first = read_jsonl(tmp_path / "out.jsonl")
+    swapped = [row for row in first if row.get("swapped")]
+    assert 70 < len(swapped) < 130 and len(first) == 500
+    for row in first:
+        number = int(row["id"].removeprefix("r"))
+        sides = [f"so #### {number}", f"#### {number + 1}"]
+        assert [row["chosen"], *row["rejected"]] == (sides[::-1] if row.get("swapped") else sides) and row["rejected_ended"] == [True]
+    assert stage(tmp_path, rows, "--method", "judged", "--max-pairs-per-prompt", "1", "--swap-fraction", "0.2", "--overwrite") == 0
+    assert read_jsonl(tmp_path / "out.jsonl") == first
+
+
+def test_scores_are_error_rates_against_the_answer(tmp_path):
+    rows = [record(0, chosen="#### 12", candidates=sampled("#### 13", "12"))]
+    assert stage(tmp_path, rows, "--scores") == 0
+    (row,) = read_jsonl(tmp_path / "out.jsonl")
+    assert row["chosen_score"] == 1.0 and row["rejected_scores"] == pytest.approx([1 - 1 / 7, 1 - 5 / 7])
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--swap-fraction", "1"], "--swap-fraction must lie in [0, 1)"),
+        (["--swap-fraction", "0.2"], "--swap-fraction needs --method judged"),
+        (["--swap-fraction", "0.2", "--method", "judged"], "--swap-fraction needs"),
+        (["--swap-fraction", "0.2", "--method", "judged", "--max-pairs-per-prompt", "1", "--scores"], "--scores: a swapped pair"),
+    ],
+)
+def test_swaps_that_make_no_sense(fails, tmp_path, flags, complaint):
+    rows = write_jsonl(tmp_path / "in.jsonl", [record(0, candidates=sampled("#### 3"))])
+    assert complaint in fails(main, "--input", rows, "--output", tmp_path / "out.jsonl", *flags)
