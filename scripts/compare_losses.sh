@@ -10,10 +10,10 @@
 #   TP, PP, NPROC_PER_NODE, PRECISION, DEVICE: of each training, see scripts/launch.sh
 set -euo pipefail
 [ $# = 1 ] || { echo "[error] give one file: scripts/compare_losses.sh FILE.toml" >&2; exit 2; }
-file=$(realpath -- "$1")
+file=$(realpath -m -- "$1")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ROOT=$PWD
-file=$(realpath --relative-base="$ROOT" -- "$file")
+file=$(realpath -m --relative-base="$ROOT" -- "$file")
 scripts/setup_env.sh
 export HF_HUB_OFFLINE=1
 unset N STAGES TEMPERATURE TOP_P SEED INPUT HF_PATH VALID_FRACTION SLURM_NNODES # choices of other jobs in this shell are not ours

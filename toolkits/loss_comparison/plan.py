@@ -48,11 +48,12 @@ class Run:
     flags: tuple[str, ...]
     """The file's common flags, then the run's own: later ones win."""
     learning_rates: tuple[float, ...]
+    """Those to choose from; none where ``rates_from`` says where the choice is made."""
     steps: int
     pairs: str | None
     """Name of a pair set; None: the quickstart's pairs."""
     rates_from: str | None
-    """The run whose chosen rate this one takes over instead of choosing."""
+    """The run whose chosen rate this one takes over."""
     x: float | None
     series: str
     """Runs of one series are joined by a line in a plot over x."""
@@ -244,6 +245,8 @@ def _read_run(raw: Any, inherited: Mapping[str, Any], where: str) -> Run:
         raise ValueError(f"{where}: learning_rates: the run takes its rate from {values['rates_from']!r}; give one of the two")
     flags = (*inherited["flags"], *values.pop("flags"))
     complete: dict[str, Any] = {name: inherited.get(name) if value is None else value for name, value in values.items()}
+    if complete["rates_from"] is not None:
+        complete["learning_rates"] = ()
     for name in ("preset", "learning_rates", "steps"):
         if complete[name] is None:
             raise ValueError(f"{where}: {name}: is missing here and at the top of the file")

@@ -68,6 +68,13 @@ def test_the_device_reaches_the_entry(tmp_path: Path, device: str, passed: str) 
     assert (tmp_path / "run/logs/job.log").read_text().strip().endswith(f"entry.py {passed}")
 
 
+def test_quickstart_stops_where_it_can(tmp_path: Path) -> None:
+    environment = {**os.environ, "QUICKSTART_OUT": str(tmp_path / "new"), "QUICKSTART_UNTIL": "lunch"}
+    done = subprocess.run(["bash", "scripts/quickstart.sh"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr == "[error] QUICKSTART_UNTIL: 'lunch' is none of pairs, report\n"
+    assert not (tmp_path / "new").exists()
+
+
 def test_quickstart_removes_only_what_a_quickstart_made(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("years of work")

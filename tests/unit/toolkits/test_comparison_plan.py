@@ -48,6 +48,12 @@ def test_runs_inherit_what_they_do_not_say(tmp_path: Path) -> None:
     assert comparison.seeds == (1, 2) and comparison.materials == Path("outputs/quickstart") and comparison.baseline is None
 
 
+def test_a_shared_choice_needs_no_rates(tmp_path: Path) -> None:
+    top = TOP.replace("learning_rates = [1e-5, 2e-5]\n", "")
+    for text in (TOP + DPO, top + DPO + "learning_rates = [3e-5]\n"):
+        assert read(tmp_path, text + LPO + 'rates_from = "DPO"').runs[1].learning_rates == ()
+
+
 def test_pair_sets(tmp_path: Path) -> None:
     text = TOP + DPO + 'pairs = "noisy"\n[pair_sets.noisy]\nmethod = "judged"\nn = 4\nswap_fraction = 0.2\n'
     noisy = read(tmp_path, text).pair_sets["noisy"]
