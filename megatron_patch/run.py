@@ -27,7 +27,7 @@ from megatron_patch.checkpoint import torch_adam
 from megatron_patch.checkpoint.hf_files import weights_fingerprint
 from megatron_patch.checkpoint.hf_io import load_hf_weights, refuse_foreign_folder, save_hf_weights
 from megatron_patch.data.batch_plan import BatchPlan, PairOrder
-from megatron_patch.data.pair_dataset import MicroBatchStream, SampleSet, parse_weighted_prefixes
+from megatron_patch.data.pair_dataset import MicroBatchStream, SampleSet, has_reference, parse_weighted_prefixes
 from megatron_patch.data.tokenizer_identity import folder_tokenizer_fingerprint
 from megatron_patch.errors import AgreedError
 from megatron_patch.evaluation import parity
@@ -37,7 +37,7 @@ from megatron_patch.model.qwen2 import read_qwen2_config
 from megatron_patch.objectives import finetune, preference
 from megatron_patch.objectives.loss_statistics import LossStatistics
 from megatron_patch.objectives.preference import PreferenceObjective
-from megatron_patch.preference.losses import LossSum, loss_entry
+from megatron_patch.preference.losses import LossSum, loss_entry, needs_reference
 from megatron_patch.step_checks import StepChecks, StepZero
 
 STORE_KINDS = {"xpo": preference.STORE_KIND, "finetune": finetune.STORE_KIND}
@@ -189,7 +189,9 @@ class TrainingRun:
         self.args, self.model = args, read_qwen2_config(args.hf_path)
         self.chunks: list[Any] = []
         self.losses = given_losses(args) if args.train_mode == "xpo" else ()
-        with_reference = bool(self.losses)
+        stores = [words for words in (args.pair_data, args.valid_pair_data) if words]
+        # A loss without a reference gets the log-ratios of metrics and the step-0 gate where there happens to be one.
+        self.with_reference = with_reference = needs_reference(self.losses) or (bool(self.losses) and all(map(has_reference, stores)))
         self.train, self.weights = sample_set(args, args.pair_data, with_reference)
         self.valid = sample_set(args, args.valid_pair_data, with_reference)[0] if args.valid_pair_data else None
         for samples in filter(None, (self.train, self.valid)):
@@ -208,7 +210,8 @@ class TrainingRun:
     def _objective(self) -> Objective:
         if not self.losses:
             return checked_finetune(self.checks)
-        return checked_preference(PreferenceObjective(self.losses, self.statistics, parallel_state.get_data_parallel_group), self.checks)
+        group = parallel_state.get_data_parallel_group
+        return checked_preference(PreferenceObjective(self.losses, self.statistics, group, self.with_reference), self.checks)
 
     def _keep_statistics(self, state: str) -> None:
         self.args.loss_statistics = state  # Megatron's args are saved in every checkpoint
@@ -247,7 +250,7 @@ class TrainingRun:
         return None
 
     def _is_first_step(self) -> bool:
-        return bool(self.losses) and self.args.consumed_train_samples == 0
+        return self.with_reference and self.args.consumed_train_samples == 0
 
     def _report_step_zero(self, outcome: StepZero) -> None:
         if torch.distributed.get_rank() != 0:

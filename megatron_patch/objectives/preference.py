@@ -36,11 +36,13 @@ class PreferenceObjective:
 
     Args:
         options: the weighted sum of losses. statistics: their running statistics. group: gives the data-parallel process group, for
-            losses that look at the micro-batch of all its ranks.
+            losses that look at the micro-batch of all its ranks. with_reference: whether batches have reference log-probs (else NaN).
     """
 
-    def __init__(self, options: LossSum, statistics: LossStatistics, group: Callable[[], Any] = lambda: None) -> None:
-        self.options, self.statistics, self.group = options, statistics, group
+    def __init__(
+        self, options: LossSum, statistics: LossStatistics, group: Callable[[], Any] = lambda: None, with_reference: bool = True
+    ) -> None:
+        self.options, self.statistics, self.group, self.with_reference = options, statistics, group, with_reference
         self._needs_peers = any(loss_entry(part.options.loss_type).needs_peers for part in options)
 
     def __call__(self, batch: PackedBatch, response_logps: Tensor) -> tuple[Tensor, PairLogps, tuple[Tensor, Tensor, dict[str, Tensor]]]:
@@ -54,7 +56,8 @@ class PreferenceObjective:
         if torch.is_grad_enabled():
             self.statistics.observe(logps)
         count = torch.tensor(batch.samples, dtype=torch.int, device=losses.device)
-        return losses, logps, (losses.sum().float(), count, preference_metrics(logps, self.options, losses, around))
+        metrics = preference_metrics(logps, self.options, losses, around, with_reference=self.with_reference)
+        return losses, logps, (losses.sum().float(), count, metrics)
 
     def around(self, batch: PackedBatch, logps: PairLogps) -> Surroundings:
         """What the losses may know beyond each pair. Collective over the data-parallel group where a loss needs its peers."""

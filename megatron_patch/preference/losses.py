@@ -45,6 +45,7 @@ class LossEntry:
     needs_peers: bool = False  # looks at the whole micro-batch on all data-parallel ranks
     needs_whole_batch: bool = False  # is defined on the global batch: refuses more than one micro-batch a step
     needs_scores: bool = False
+    needs_reference: bool = True
 
 
 def _average(old: float, mean: float, options: LossOptions) -> float:
@@ -137,7 +138,7 @@ LOSSES: dict[str, LossEntry] = {
         "In rounds of self-play: both sides have a finite goal of their own."),
     "simpo": LossEntry(
         likelihood.simpo, "SimPO", "2405.14734", {**_PER_TOKEN, "beta": 2.0, "margin": 0.5},
-        "Without the reference in the loss: likelihood per token, as generation ranks it.", gamma_fills="margin"),
+        "Without the reference in the loss: likelihood per token, as generation ranks it.", gamma_fills="margin", needs_reference=False),
     "alpha-dpo": LossEntry(
         likelihood.alpha_dpo, "alpha-DPO", "2410.10148",
         {**_PER_TOKEN, "beta": 2.5, "margin": 1.5, "alpha": 0.2, "statistics_decay": 0.9},
@@ -145,16 +146,16 @@ LOSSES: dict[str, LossEntry] = {
     "stapo": LossEntry(
         likelihood.stapo, "Stable Preference Optimization via Two-sided Contrastive Learning", "",
         {**_PER_TOKEN, "beta": 10.0, "margin": 0.3, "upper_margin": 0.5},
-        "A smooth relative of LPO's distance: the margin is kept in a band."),
+        "A smooth relative of LPO's distance: the margin is kept in a band.", needs_reference=False),
     "slic": LossEntry(
         likelihood.slic, "SLiC-HF", "2305.10425", {**_without_beta(_SUMS), "margin": 1.0, "sft_weight": 0.1},
-        "Without the reference in the loss: a hinge on log-probs with a fine-tuning term."),
+        "Without the reference in the loss: a hinge on log-probs with a fine-tuning term.", needs_reference=False),
     "orpo": LossEntry(
         likelihood.orpo, "ORPO", "2403.07691", _PER_TOKEN,
-        "Fine-tuning and preference in one stage, from a base model."),
+        "Fine-tuning and preference in one stage, from a base model.", needs_reference=False),
     "cpo": LossEntry(
         likelihood.cpo, "Contrastive Preference Optimization", "2401.08417", {**_SUMS, "sft_weight": 1.0},
-        "Without the reference in the loss: DPO with a uniform reference and a fine-tuning term."),
+        "Without the reference in the loss: DPO with a uniform reference and a fine-tuning term.", needs_reference=False),
     "rpo": LossEntry(
         likelihood.rpo, "RPO by adversarial SFT", "2405.16436",
         {**_SUMS, "beta": 0.05, "label_smoothing": 0.0, "sft_weight": 0.005},
@@ -166,7 +167,7 @@ LOSSES: dict[str, LossEntry] = {
     "sft": LossEntry(
         likelihood.sft, "Fine-tuning term (Mixed Preference Optimization)", "2411.10442",
         _without_beta(_PER_TOKEN),
-        "As a part of a weighted sum, or as the baseline that sees only the chosen responses."),
+        "As a part of a weighted sum, or as the baseline that sees only the chosen responses.", needs_reference=False),
     "lpo": _lpo(linear.lpo, "Plain linear loss in the scale of the released code; the base of the family's ablations.", sided=False),
     "lpo-paper": _lpo(linear.lpo_paper, "Eq. 6 as printed: half of lpo's preference term against the same anchor.", sided=False),
     "lpo-r": _lpo(linear.lpo_r, "To study weighted log-ratios without the straight-through split.", sided=True),
@@ -299,6 +300,11 @@ def statistics_of(options: LossSum) -> list[tuple[Statistic, LossOptions]]:
     if options[0].options.anchor == "spo" and options[0].options.anchor_value == "running-minimum":
         needed += [(statistic, options[0].options) for statistic in _SPO]
     return needed
+
+
+def needs_reference(options: LossSum) -> bool:
+    """Whether any of the losses, or the anchor, looks at reference log-probs."""
+    return any(loss_entry(part.options.loss_type).needs_reference or part.options.anchor != "none" for part in options)
 
 
 def without_anchor(options: LossSum) -> LossSum:

@@ -13,7 +13,9 @@ from megatron_patch.preference.inputs import PairLogps, Surroundings
 from megatron_patch.preference.losses import LossSum, preference_loss, terms_of, without_anchor
 
 
-def preference_metrics(logps: PairLogps, options: LossSum, losses: Tensor, around: Surroundings) -> dict[str, Tensor]:
+def preference_metrics(
+    logps: PairLogps, options: LossSum, losses: Tensor, around: Surroundings, *, with_reference: bool = True
+) -> dict[str, Tensor]:
     """Metrics of P pairs, each float32 [sum, P], detached; P = 0 gives zeros.
 
     Args:
@@ -29,6 +31,7 @@ def preference_metrics(logps: PairLogps, options: LossSum, losses: Tensor, aroun
         lpo/anchor_active: 1 where the anchor contributes (0 without an anchor);
         lpo/loss_without_anchor, loss: loss of the pair without and with its anchor;
         statistics/*: the running statistics that the losses used, if they have any.
+        Without a reference (its log-probs are NaN) rewards/* and lpo/* are left out.
     """
     first = options[0].options
     with torch.no_grad():
@@ -49,7 +52,8 @@ def preference_metrics(logps: PairLogps, options: LossSum, losses: Tensor, aroun
             "loss": losses,
             **{f"statistics/{name}": torch.full_like(losses, value) for name, value in around.statistics.items()},
         }
-        return {name: _sum_and_count(values) for name, values in per_pair.items()}
+        of_reference = () if with_reference else ("rewards/", "lpo/")
+        return {name: _sum_and_count(values) for name, values in per_pair.items() if not name.startswith(of_reference)}
 
 
 def _log_ratio(policy: Tensor, reference: Tensor) -> Tensor:

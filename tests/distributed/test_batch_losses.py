@@ -124,6 +124,19 @@ def test_odpo_refuses_pairs_without_a_score_gap(bench: Bench, tmp_path: Path) ->
     assert "loss odpo needs pairs whose chosen_score is greater" in error and f"3 are not, the first is p000 ({unscored})" in error
 
 
+def test_a_loss_without_a_reference_needs_none(bench: Bench) -> None:
+    """The same losses as with one; what a log-ratio would be is not reported, rather than reported as NaN."""
+    flags = ("--loss-type", "simpo", "--valid-pair-data")
+    with_one = bench.train("one", bench.reference(), *flags, bench.reference())
+    without = bench.train("one", bench.pairs, *flags, bench.pairs)
+    assert [row["loss"] for row in harness.metrics(with_one)] == [row["loss"] for row in harness.metrics(without)]
+    missing = set(harness.metrics(with_one)[0]) - set(harness.metrics(without)[0])
+    assert {"rewards/margins", "lpo/margin"} <= missing and "logps/chosen" not in missing
+    assert "NaN" not in (without / "metrics.jsonl").read_text() and not (without / "step_zero.json").exists()
+    run = bench.attempt("one", bench.folder("anchored"), bench.pairs, "--loss-type", "simpo", "--anchor", "hinge")
+    assert ".ref.json" in run.errors.pop()
+
+
 @pytest.mark.ci
 def test_every_loss_trains_and_differs_from_the_others(bench: Bench) -> None:
     """One step that moves the weights and a second one that shows where to: no two losses give the same gradient norms."""

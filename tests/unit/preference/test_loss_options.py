@@ -14,6 +14,7 @@ from megatron_patch.preference.losses import (
     describe_losses,
     loss_options,
     loss_sum,
+    needs_reference,
     preference_loss,
     statistics_of,
     without_anchor,
@@ -137,6 +138,19 @@ def test_the_anchor_of_a_sum_is_its_first_losses():
 def test_bad_sums_are_refused(names, weights, given, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         loss_sum(names, weights, **given)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_that_need_no_reference_do_not_look_at_it(name):
+    """Its log-probs may be NaN: neither value nor gradient becomes NaN."""
+    logps = one_pair()
+    nothing = torch.full_like(logps.ref_chosen, math.nan)
+    logps = replace(logps, policy_chosen=logps.policy_chosen.requires_grad_(), ref_chosen=nothing, ref_rejected=nothing)
+    parts = loss_sum([name], None, anchor="none")
+    loss = preference_loss(logps, parts)
+    (gradient,) = torch.autograd.grad(loss.sum(), logps.policy_chosen)
+    assert bool(torch.isfinite(loss) & torch.isfinite(gradient)) == (not needs_reference(parts))
+    assert needs_reference(loss_sum(["sft"], None, anchor="hinge"))
 
 
 def test_only_losses_with_a_memory_have_statistics():
