@@ -11,14 +11,14 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 import torch
 
 from megatron_patch.preference.inputs import LossOptions
-from megatron_patch.preference.losses import LossSum, describe_losses, loss_sum
+from megatron_patch.preference.losses import ANCHOR_CONSTANTS, LOSSES, LossSum, loss_sum
 
 TRAIN_MODES = ("finetune", "xpo")
 DEVICES = ("auto", "cuda", "cpu")
@@ -258,7 +258,7 @@ _LOSS_FLAGS = ("gamma", *(item.name for item in fields(LossOptions) if item.name
 
 
 def given_losses(args: argparse.Namespace) -> LossSum:
-    """The losses of the command line, with the options the user gave and the losses' defaults for the rest.
+    """The losses of the command line, with the options the user gave and the losses' defaults for the rest; none when fine-tuning.
 
     Raises:
         ValueError: unknown loss, an option that no loss uses, contradicting spellings of one option.
@@ -270,4 +270,40 @@ def given_losses(args: argparse.Namespace) -> LossSum:
         if args.anchor not in (None, meant):
             raise ValueError(f"--anchor {args.anchor} contradicts --{'' if args.add_sft_loss else 'no-'}add-sft-loss")
         given["anchor"] = meant
+    if args.train_mode == "finetune":
+        idle = [name for name, value in given.items() if value is not None]
+        if idle or tuple(args.loss_type) != PatchArguments.loss_type or args.loss_weights:
+            raise ValueError(f"--train-mode finetune has no preference loss to give {idle[0] if idle else 'a --loss-type'} to")
+        return ()
     return loss_sum(args.loss_type, args.loss_weights, **given)
+
+
+def describe_losses() -> str:
+    """The table of losses for ``--help-losses``: name, paper, arXiv number, when to use it, its flags with their defaults."""
+    lines: list[str] = []
+    for name, entry in LOSSES.items():
+        own = {option: default for option, default in entry.defaults.items() if option not in ANCHOR_CONSTANTS}
+        if own["anchor"] == "none":
+            del own["anchor"]
+        paper = f"{entry.paper}, arXiv {entry.arxiv}" if entry.arxiv else entry.paper
+        lines += [f"{name}: {paper}", f"    {entry.when}", f"    {_as_flags(own)}"]
+        if entry.gamma_fills:
+            lines.append(f"    --gamma means --{entry.gamma_fills.replace('_', '-')}")
+    lines += [
+        "Every loss takes --anchor none, hinge or spo (experimental) and the anchor's constants:",
+        f"    {_as_flags(ANCHOR_CONSTANTS)}",
+        "Several: --loss-type A B --loss-weights 1 0.5. An option goes to every loss that uses it; the anchor belongs to the first loss",
+        "that has one by default, else to the first, and is weighted with it.",
+    ]
+    return "\n".join(lines)
+
+
+def _as_flags(options: Mapping[str, Any]) -> str:
+    """Options as they are typed."""
+    words = []
+    for option, default in options.items():
+        if option == "length_normalised":
+            words.append("--is-average" if default else "--no-is-average")
+        else:
+            words.append(f"--{option.replace('_', '-')} {'1/(2 beta)' if default is None else default}")
+    return " ".join(words)

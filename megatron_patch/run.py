@@ -27,7 +27,7 @@ from megatron_patch.checkpoint import torch_adam
 from megatron_patch.checkpoint.hf_files import weights_fingerprint
 from megatron_patch.checkpoint.hf_io import load_hf_weights, refuse_foreign_folder, save_hf_weights
 from megatron_patch.data.batch_plan import BatchPlan, PairOrder
-from megatron_patch.data.pair_dataset import MicroBatchStream, SampleSet, has_reference, parse_weighted_prefixes
+from megatron_patch.data.pair_dataset import MicroBatchStream, SampleSet, parse_weighted_prefixes
 from megatron_patch.data.tokenizer_identity import folder_tokenizer_fingerprint
 from megatron_patch.errors import AgreedError
 from megatron_patch.evaluation import parity
@@ -37,7 +37,7 @@ from megatron_patch.model.qwen2 import read_qwen2_config
 from megatron_patch.objectives import finetune, preference
 from megatron_patch.objectives.loss_statistics import LossStatistics
 from megatron_patch.objectives.preference import PreferenceObjective
-from megatron_patch.preference.losses import LossSum, loss_entry, needs_reference
+from megatron_patch.preference.losses import LossSum, loss_entry, needs_peers, needs_reference
 from megatron_patch.step_checks import StepChecks, StepZero
 
 STORE_KINDS = {"xpo": preference.STORE_KIND, "finetune": finetune.STORE_KIND}
@@ -68,8 +68,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     _check_tracker(args)
     if not args.skip_train:
         _check_schedule(args)
-    if args.train_mode == "xpo":
-        given_losses(args)
+    given_losses(args)
 
 
 def _check_scores(losses: LossSum, samples: SampleSet) -> None:
@@ -146,8 +145,10 @@ def sample_set(args: argparse.Namespace, words: list[str], with_reference: bool)
     return samples, weights
 
 
-def stream(args: argparse.Namespace, samples: SampleSet, order: PairOrder, batch: int, vocab_size: int) -> MicroBatchStream:
-    """The micro-batches of this data-parallel rank, G = ``batch`` pairs a step."""
+def stream(
+    args: argparse.Namespace, samples: SampleSet, order: PairOrder, batch: int, vocab_size: int, together: bool = False
+) -> MicroBatchStream:
+    """The micro-batches of this data-parallel rank, G = ``batch`` pairs a step; ``together``: see ``split_by_cost``."""
     virtual = args.virtual_pipeline_model_parallel_size is not None
     plan = BatchPlan(
         order,
@@ -156,6 +157,7 @@ def stream(args: argparse.Namespace, samples: SampleSet, order: PairOrder, batch
         ranks=args.data_parallel_size,
         max_tokens=args.max_tokens_per_micro_batch,
         multiple_of=args.pipeline_model_parallel_size if virtual else 1,
+        together=together,
     )
     return MicroBatchStream(
         samples,
@@ -166,9 +168,9 @@ def stream(args: argparse.Namespace, samples: SampleSet, order: PairOrder, batch
     )
 
 
-def full_pass(args: argparse.Namespace, samples: SampleSet, vocab_size: int) -> MicroBatchStream:
+def full_pass(args: argparse.Namespace, samples: SampleSet, vocab_size: int, together: bool = False) -> MicroBatchStream:
     """Every sample once, in store order, as one global batch: evaluation and the reference pass."""
-    return stream(args, samples, PairOrder(samples.sizes, seed=0, shuffle=False), len(samples), vocab_size)
+    return stream(args, samples, PairOrder(samples.sizes, seed=0, shuffle=False), len(samples), vocab_size, together)
 
 
 def _asked_to_stop() -> bool:
@@ -188,10 +190,8 @@ class TrainingRun:
         check_arguments(args)
         self.args, self.model = args, read_qwen2_config(args.hf_path)
         self.chunks: list[Any] = []
-        self.losses = given_losses(args) if args.train_mode == "xpo" else ()
-        stores = [words for words in (args.pair_data, args.valid_pair_data) if words]
-        # A loss without a reference gets the log-ratios of metrics and the step-0 gate where there happens to be one.
-        self.with_reference = with_reference = needs_reference(self.losses) or (bool(self.losses) and all(map(has_reference, stores)))
+        self.losses = given_losses(args)
+        self.with_reference = with_reference = bool(self.losses) and (needs_reference(self.losses) or self._finds_a_reference())
         self.train, self.weights = sample_set(args, args.pair_data, with_reference)
         self.valid = sample_set(args, args.valid_pair_data, with_reference)[0] if args.valid_pair_data else None
         for samples in filter(None, (self.train, self.valid)):
@@ -207,6 +207,20 @@ class TrainingRun:
         self.forward_step = ForwardStep(self._objective(), self.model.vocab)
         self.hooks = loop_hooks.LoopState(args.train_mode, self.model, None, None, self.save, on_resume=self._restore_statistics)
 
+    def _finds_a_reference(self) -> bool:
+        """For losses that need no reference: one that is there gives metrics their log-ratios and the step-0 gate its judge."""
+        try:
+            for words in filter(None, (self.args.pair_data, self.args.valid_pair_data)):
+                sample_set(self.args, words, with_reference=True)
+        except ValueError as why:
+            self._say(f"no reference is used, so no log-ratios are shown and step 0 is not judged: {why}")
+            return False
+        return True
+
+    def _say(self, line: str) -> None:
+        if self.args.rank == 0:
+            loop_hooks.print_line(f"[{self.args.train_mode}] {line}")
+
     def _objective(self) -> Objective:
         if not self.losses:
             return checked_finetune(self.checks)
@@ -217,7 +231,8 @@ class TrainingRun:
         self.args.loss_statistics = state  # Megatron's args are saved in every checkpoint
 
     def _restore_statistics(self, checkpoint_args: argparse.Namespace) -> None:
-        self.statistics.restore(getattr(checkpoint_args, "loss_statistics", "{}"))
+        if not self.statistics.restore(getattr(checkpoint_args, "loss_statistics", None)):
+            self._say("the checkpoint was saved with other losses: the running statistics of these start anew")
         self._keep_statistics(self.statistics.state)
 
     def model_config(self) -> Any:
@@ -292,8 +307,9 @@ class TrainingRun:
         """(train, validation, None) iterators of this rank, from the pairs consumed so far; one call per virtual stage."""
         args = self.args
         order = PairOrder(self.train.sizes, seed=args.seed, weights=self.weights)
-        train = stream(args, self.train, order, args.global_batch_size, self.model.vocab)
-        valid = full_pass(args, self.valid, self.model.vocab) if self.valid is not None else None
+        together = needs_peers(self.losses)
+        train = stream(args, self.train, order, args.global_batch_size, self.model.vocab, together)
+        valid = full_pass(args, self.valid, self.model.vocab, together) if self.valid is not None else None
         self.hooks.train, self.hooks.valid = train, valid
         self._refuse_split_batches(train.plan)
         if not vp_stage:
@@ -306,12 +322,13 @@ class TrainingRun:
     def _refuse_split_batches(self, plan: BatchPlan) -> None:
         """Some losses are defined on the whole global batch: every step left must be one micro-batch. The same on all ranks."""
         needing = [part.options.loss_type for part in self.losses if loss_entry(part.options.loss_type).needs_whole_batch]
-        steps = range(self.args.consumed_train_samples, self.args.train_iters * plan.batch, plan.batch) if needing else ()
-        for consumed in steps:
-            if (count := len(plan.step(consumed))) > 1:
-                raise AgreedError(
-                    f"loss {needing[0]} sorts the pairs of a whole step, but step {consumed // plan.batch + 1} needs {count} "
-                    "micro-batches; raise --max-tokens-per-micro-batch, lower --global-batch-size, or leave virtual pipelining off"
-                )
+        if not needing:
+            return
+        split = plan.first_split_step(self.args.consumed_train_samples, self.args.train_iters * plan.batch)
+        if split is not None:
+            raise AgreedError(
+                f"loss {needing[0]} sorts the pairs of a whole step, but step {split // plan.batch + 1} needs {len(plan.step(split))} "
+                "micro-batches; raise --max-tokens-per-micro-batch, lower --global-batch-size, or leave virtual pipelining off"
+            )
 
     dataset_provider.is_distributed = True  # type: ignore[attr-defined]

@@ -73,16 +73,19 @@ def _largest_remainder(weights: Sequence[float], total: int) -> list[int]:
     return shares.tolist()
 
 
-def split_by_cost(pairs: np.ndarray, tokens: np.ndarray, *, ranks: int, max_tokens: int, multiple_of: int) -> list[list[np.ndarray]]:
-    """Split the pairs of one global batch into M micro-batches of nearly equal cost, and each of these over D ranks.
+def split_by_cost(
+    pairs: np.ndarray, tokens: np.ndarray, *, ranks: int, max_tokens: int, multiple_of: int, together: bool = False
+) -> list[list[np.ndarray]]:
+    """Split the pairs of one global batch into M micro-batches on each of D ranks, of nearly equal cost.
 
-    Longest pair first into the emptiest bin, twice, and the fullest share of a micro-batch to the rank that has had least; M is the
-    smallest multiple of ``multiple_of`` for which no rank holds more than ``max_tokens`` at once. Bins may stay empty.
-    Which pairs share a micro-batch depends on M alone: losses that look at a whole micro-batch see the same one at any D.
+    Longest pair first into the emptiest bin; M is the smallest multiple of ``multiple_of`` for which no bin holds more than
+    ``max_tokens``. Bins may stay empty.
 
     Args:
         pairs: int64 [G] pair numbers. tokens: [G] tokens of each pair (prompt counted once per response).
         ranks: D. max_tokens: tokens a micro-batch may hold. multiple_of: PP under virtual PP, else 1.
+        together: which pairs share a micro-batch (of all ranks) must depend on M alone, not on D: for losses that look at the whole of
+            it. Costs balance: ranks wait longer for the slowest of each micro-batch, by some percent and with few long pairs a bin by 15.
     Returns:
         ``[M][D]`` arrays of pair numbers, each in the order of ``pairs``.
     """
@@ -93,22 +96,33 @@ def split_by_cost(pairs: np.ndarray, tokens: np.ndarray, *, ranks: int, max_toke
         )
     slots = max(1, -(-int(tokens.sum()) // (ranks * max_tokens)))
     slots = -(-slots // multiple_of) * multiple_of
+    split = _split_together if together else _split_by_load
     while True:
-        together = longest_first(tokens, slots)
-        spread = [[members[part] for part in longest_first(tokens[members], ranks)] for members in together]
-        if all(tokens[part].sum() <= max_tokens for parts in spread for part in parts):
-            break
+        plan = split(tokens, slots, ranks)
+        if all(tokens[share].sum() <= max_tokens for slot in plan for share in slot):
+            return [[pairs[share] for share in slot] for slot in plan]
         slots += multiple_of
+
+
+def _split_by_load(tokens: np.ndarray, slots: int, ranks: int) -> list[list[np.ndarray]]:
+    """Bins of similar load share a micro-batch, so that ranks finish it together."""
+    bins = _longest_first(tokens, slots * ranks)
+    return [bins[m * ranks : (m + 1) * ranks] for m in range(slots)]
+
+
+def _split_together(tokens: np.ndarray, slots: int, ranks: int) -> list[list[np.ndarray]]:
+    """First into micro-batches, then each over the ranks, its fullest share to the rank that has had least so far."""
     so_far = np.zeros(ranks, dtype=np.int64)
     plan = []
-    for parts in spread:
-        shares = dict(zip(np.argsort(so_far, kind="stable").tolist(), parts, strict=True))
-        so_far += [int(tokens[shares[rank]].sum()) for rank in range(ranks)]
-        plan.append([pairs[shares[rank]] for rank in range(ranks)])
+    for members in _longest_first(tokens, slots):
+        shares = [members[part] for part in _longest_first(tokens[members], ranks)]
+        of_rank = dict(zip(np.argsort(so_far, kind="stable").tolist(), shares, strict=True))
+        plan.append([of_rank[rank] for rank in range(ranks)])
+        so_far += [int(tokens[share].sum()) for share in plan[-1]]
     return plan
 
 
-def longest_first(tokens: np.ndarray, count: int) -> list[np.ndarray]:
+def _longest_first(tokens: np.ndarray, count: int) -> list[np.ndarray]:
     """``count`` bins of nearly equal cost, the fullest first: indices into ``tokens``, ascending in each bin."""
     bins: list[list[int]] = [[] for _ in range(count)]
     loads = np.zeros(count, dtype=np.int64)
@@ -124,12 +138,14 @@ class BatchPlan:
 
     Args:
         order: positions to pairs. tokens: int64 [all pairs], the cost of each. batch: G pairs a step.
-        ranks, max_tokens, multiple_of: as in ``split_by_cost``.
+        ranks, max_tokens, multiple_of, together: as in ``split_by_cost``.
     """
 
-    def __init__(self, order: PairOrder, tokens: np.ndarray, *, batch: int, ranks: int, max_tokens: int, multiple_of: int = 1) -> None:
-        self.order, self.tokens, self.batch = order, tokens, batch
-        self._limits = {"ranks": ranks, "max_tokens": max_tokens, "multiple_of": multiple_of}
+    def __init__(
+        self, order: PairOrder, tokens: np.ndarray, *, batch: int, ranks: int, max_tokens: int, multiple_of: int = 1, together: bool = False
+    ) -> None:
+        self.order, self.tokens, self.batch, self.ranks, self.max_tokens = order, tokens, batch, ranks, max_tokens
+        self.multiple_of, self.together = multiple_of, together
         self.step = lru_cache(maxsize=4)(self._make_step)
 
     def pairs(self, consumed: int) -> np.ndarray:
@@ -138,7 +154,26 @@ class BatchPlan:
 
     def split(self, pairs: np.ndarray) -> list[list[np.ndarray]]:
         """``[M][D]`` micro-batches of any pairs."""
-        return split_by_cost(pairs, self.tokens[pairs], **self._limits)
+        return split_by_cost(
+            pairs,
+            self.tokens[pairs],
+            ranks=self.ranks,
+            max_tokens=self.max_tokens,
+            multiple_of=self.multiple_of,
+            together=self.together,
+        )
+
+    def first_split_step(self, consumed: int, end: int) -> int | None:
+        """Where, from ``consumed`` pairs to ``end``, the first step starts that has several micro-batches; None when there is none.
+
+        Longest-first fills no rank above mean + (1 - 1/D) longest (Graham 1969): most steps need no planning to be sure.
+        """
+        for start in range(consumed, end, self.batch):
+            tokens = self.tokens[self.pairs(start)]
+            surely_one = tokens.sum() / self.ranks + (1 - 1 / self.ranks) * tokens.max() <= self.max_tokens
+            if not (surely_one and self.multiple_of == 1) and len(self.step(start)) > 1:
+                return start
+        return None
 
     def _make_step(self, consumed: int) -> list[list[np.ndarray]]:
         """``step(consumed)``: the pairs of a step as ``[M][D]`` micro-batches."""

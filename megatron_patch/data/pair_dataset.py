@@ -6,7 +6,6 @@ state is saved, because the plan is a function of the pairs consumed so far.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -39,11 +38,6 @@ def parse_weighted_prefixes(words: Sequence[str]) -> tuple[list[str], list[float
     if not alternating:
         raise ValueError(f"data prefixes: give a weight before every prefix or none at all, got {' '.join(words)!r}")
     return prefixes, [float(w) for w in weights if w is not None]
-
-
-def has_reference(words: Sequence[str]) -> bool:
-    """Whether every store of ``--pair-data`` words has reference log-probs beside it, whosever they are."""
-    return all(Path(f"{prefix}.ref.json").exists() for prefix in parse_weighted_prefixes(words)[0])
 
 
 class SampleSet:

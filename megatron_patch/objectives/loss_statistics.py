@@ -23,17 +23,22 @@ class LossStatistics:
 
     def __init__(self, options: LossSum, changed: Callable[[str], None] = lambda state: None) -> None:
         self.needed, self.changed = statistics_of(options), changed
+        self._losses = [[part.options.loss_type, part.options.beta, part.options.length_normalised] for part in options]
         self.values = {statistic.name: statistic.initial for statistic, _ in self.needed}
         self._sums: torch.Tensor | None = None
 
     @property
     def state(self) -> str:
-        """The values as JSON; "{}" when no loss has any."""
-        return json.dumps(self.values)
+        """The values as JSON, with what gives them their scale: losses, beta and unit."""
+        return json.dumps({"losses": self._losses, "values": self.values})
 
-    def restore(self, state: str) -> None:
-        """Take the values from ``state``; those that it lacks keep theirs (the run was started with another loss)."""
-        self.values |= {name: float(value) for name, value in json.loads(state).items() if name in self.values}
+    def restore(self, state: str | None) -> bool:
+        """Take the values from ``state``, the one in a checkpoint; False when they are missing or of other losses, and ours stay."""
+        saved = json.loads(state) if state else {}
+        fits = saved.get("losses") == self._losses and set(saved.get("values", {})) == set(self.values)
+        if fits:
+            self.values |= saved["values"]
+        return fits or not self.values
 
     def observe(self, logps: PairLogps) -> None:
         """Remember one micro-batch of a training step: float64 sums over its pairs, and their number. No synchronisation."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from megatron_patch.data.packed_batch import PackedBatch
 from megatron_patch.objectives.loss_statistics import LossStatistics
 from megatron_patch.preference.inputs import PairLogps, Surroundings
-from megatron_patch.preference.losses import LossSum, loss_entry, preference_loss
+from megatron_patch.preference.losses import LossSum, needs_peers, preference_loss
 from megatron_patch.preference.metrics import preference_metrics
 
 STORE_KIND = "pairs"
@@ -43,7 +43,7 @@ class PreferenceObjective:
         self, options: LossSum, statistics: LossStatistics, group: Callable[[], Any] = lambda: None, with_reference: bool = True
     ) -> None:
         self.options, self.statistics, self.group, self.with_reference = options, statistics, group, with_reference
-        self._needs_peers = any(loss_entry(part.options.loss_type).needs_peers for part in options)
+        self._needs_peers = needs_peers(options)
 
     def __call__(self, batch: PackedBatch, response_logps: Tensor) -> tuple[Tensor, PairLogps, tuple[Tensor, Tensor, dict[str, Tensor]]]:
         """(losses [P], the pairs, what Megatron takes: the sum of the losses, int number of pairs, metrics as [sum, count]).

@@ -67,7 +67,7 @@ class LossOptions:
     anchor: str = "none"  # "none"; "hinge": penalise chosen responses less likely than under the reference; "spo": see anchors.py
     anchor_weight: float = 0.0  # the paper's lambda, its Table 9's gamma: loss per nat (per token when length-normalised), >= 0
     anchor_slack: float = 0.0  # fall of the chosen log-ratio that costs nothing, nats per token, >= 0
-    anchor_power: float = 1.0  # spo: exponent p of the penalty, >= 1
+    anchor_power: float = 1.0  # spo: exponent p of the penalty, in [1, 4]
     anchor_value: str = "reference"  # spo: what the chosen response's likelihood is held against, "reference" or "running-minimum"
     length_normalised: bool | None = None  # per token instead of sums; None: what the loss's paper does
     margin: float = 0.0  # simpo, alpha-dpo: target reward margin; slic: target log-prob margin; odpo: scale of the offset; stapo: lower end
@@ -119,13 +119,13 @@ class PairTerms:
     unit: Tensor  # one nat per token of the chosen response in the units of x1
     logps: PairLogps  # for losses that need more
     statistics: Mapping[str, float]  # see Surroundings
-    others: "PairTerms | None"  # see peers
-    own: slice  # where these pairs are among the peers
+    gathered: "PairTerms | None"  # the terms of all data-parallel ranks; None: these pairs are all there are
+    own: slice  # where these pairs are among them
 
     @property
     def peers(self) -> "PairTerms":
         """The terms of the whole micro-batch, B pairs over all data-parallel ranks, without gradient."""
-        return self.others if self.others is not None else detached(self)
+        return self.gathered if self.gathered is not None else detached(self)
 
 
 def pair_terms(logps: PairLogps, length_normalised: bool, around: Surroundings) -> PairTerms:
@@ -145,7 +145,7 @@ def pair_terms(logps: PairLogps, length_normalised: bool, around: Surroundings) 
         unit=chosen_len / one,
         logps=logps,
         statistics=around.statistics,
-        others=peers,
+        gathered=peers,
         own=slice(around.first, around.first + len(chosen_len)),
     )
 
@@ -179,7 +179,7 @@ _RANGES: dict[str, tuple[Callable[..., bool], str]] = {
     "anchor": _one_of("none", "hinge", "spo"),
     "anchor_weight": _at_least(0),
     "anchor_slack": _at_least(0),
-    "anchor_power": _at_least(1),
+    "anchor_power": (lambda v: _is_number(v) and 1 <= v <= 4, "in [1, 4]"),
     "anchor_value": _one_of("reference", "running-minimum"),
     "length_normalised": (lambda v: v is None or isinstance(v, bool), "True, False or None"),
     "margin": (_is_number, "a number"),

@@ -6,6 +6,7 @@ Whatever happens around it (shift, mask, parallelism, averaging over the batch) 
 """
 
 import difflib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -45,7 +46,7 @@ class LossEntry:
     needs_peers: bool = False  # looks at the whole micro-batch on all data-parallel ranks
     needs_whole_batch: bool = False  # is defined on the global batch: refuses more than one micro-batch a step
     needs_scores: bool = False
-    needs_reference: bool = True
+    uses_reference: bool = True
 
 
 def _average(old: float, mean: float, options: LossOptions) -> float:
@@ -63,10 +64,10 @@ _ALPHA = (
     Statistic(likelihood.ALPHA_SQUARE, likelihood.log_ratio_margin_square, 1.0, _average),
 )
 
-_ANCHOR: Settings = {"anchor_weight": 10.0, "anchor_slack": 0.0, "anchor_power": 1.0, "anchor_value": "reference"}
-_SUMS: Settings = {"beta": 0.1, "length_normalised": False, "anchor": "none", **_ANCHOR}
+ANCHOR_CONSTANTS: Settings = {"anchor_weight": 10.0, "anchor_slack": 0.0, "anchor_power": 1.0, "anchor_value": "reference"}
+_SUMS: Settings = {"beta": 0.1, "length_normalised": False, "anchor": "none", **ANCHOR_CONSTANTS}
 _PER_TOKEN: Settings = {**_SUMS, "length_normalised": True}
-_LPO: Settings = {"beta": 0.2, "offset": None, "length_normalised": True, "anchor": "hinge", **_ANCHOR}
+_LPO: Settings = {"beta": 0.2, "offset": None, "length_normalised": True, "anchor": "hinge", **ANCHOR_CONSTANTS}
 _SIDES: Settings = {"r1": 1.0, "r2": 1.0}
 
 
@@ -109,7 +110,7 @@ LOSSES: dict[str, LossEntry] = {
         "To try the loss that a language model discovered; it is not convex around policy = reference."),
     "aot": LossEntry(
         margin.aot, "Alignment via Optimal Transport", "2406.05882", {**_SUMS, "beta": 0.01, "label_smoothing": 0.0},
-        "When the distribution of margins matters more than each pair; one micro-batch a step.",
+        "When the distribution of margins matters more than each pair; one micro-batch a step (in evaluation each is sorted alone).",
         needs_peers=True, needs_whole_batch=True),
     "aot-unpaired": LossEntry(
         margin.aot_unpaired, "Alignment via Optimal Transport", "2406.05882", {**_SUMS, "beta": 0.01, "label_smoothing": 0.0},
@@ -117,10 +118,10 @@ LOSSES: dict[str, LossEntry] = {
         needs_peers=True, needs_whole_batch=True),
     "kto": LossEntry(
         sides.kto, "Kahneman-Tversky Optimization", "2402.01306", {**_SUMS, "desirable_weight": 1.0, "undesirable_weight": 1.0},
-        "When good and bad responses should weigh differently; each is judged alone.", needs_peers=True),
+        "When good and bad responses should weigh differently; its KL estimate is that of a micro-batch.", needs_peers=True),
     "kto-pair": LossEntry(
         sides.kto_pair, "Kahneman-Tversky Optimization", "2402.01306", _SUMS,
-        "KTO on pairs: each side against the other side's mean.", needs_peers=True),
+        "KTO on pairs: each side against the other side's mean over a micro-batch.", needs_peers=True),
     "bco": LossEntry(
         sides.bco, "Binary Classifier Optimization", "2404.04656", {**_SUMS, "beta": 0.01, "statistics_decay": 0.9},
         "When responses were rated good or bad rather than compared.", statistics=_BCO),
@@ -138,7 +139,7 @@ LOSSES: dict[str, LossEntry] = {
         "In rounds of self-play: both sides have a finite goal of their own."),
     "simpo": LossEntry(
         likelihood.simpo, "SimPO", "2405.14734", {**_PER_TOKEN, "beta": 2.0, "margin": 0.5},
-        "Without the reference in the loss: likelihood per token, as generation ranks it.", gamma_fills="margin", needs_reference=False),
+        "Without the reference in the loss: likelihood per token, as generation ranks it.", gamma_fills="margin", uses_reference=False),
     "alpha-dpo": LossEntry(
         likelihood.alpha_dpo, "alpha-DPO", "2410.10148",
         {**_PER_TOKEN, "beta": 2.5, "margin": 1.5, "alpha": 0.2, "statistics_decay": 0.9},
@@ -146,16 +147,16 @@ LOSSES: dict[str, LossEntry] = {
     "stapo": LossEntry(
         likelihood.stapo, "Stable Preference Optimization via Two-sided Contrastive Learning", "",
         {**_PER_TOKEN, "beta": 10.0, "margin": 0.3, "upper_margin": 0.5},
-        "A smooth relative of LPO's distance: the margin is kept in a band.", needs_reference=False),
+        "A smooth relative of LPO's distance: the margin is kept in a band.", uses_reference=False),
     "slic": LossEntry(
         likelihood.slic, "SLiC-HF", "2305.10425", {**_without_beta(_SUMS), "margin": 1.0, "sft_weight": 0.1},
-        "Without the reference in the loss: a hinge on log-probs with a fine-tuning term.", needs_reference=False),
+        "Without the reference in the loss: a hinge on log-probs with a fine-tuning term.", uses_reference=False),
     "orpo": LossEntry(
         likelihood.orpo, "ORPO", "2403.07691", _PER_TOKEN,
-        "Fine-tuning and preference in one stage, from a base model.", needs_reference=False),
+        "Fine-tuning and preference in one stage, from a base model.", uses_reference=False),
     "cpo": LossEntry(
         likelihood.cpo, "Contrastive Preference Optimization", "2401.08417", {**_SUMS, "sft_weight": 1.0},
-        "Without the reference in the loss: DPO with a uniform reference and a fine-tuning term.", needs_reference=False),
+        "Without the reference in the loss: DPO with a uniform reference and a fine-tuning term.", uses_reference=False),
     "rpo": LossEntry(
         likelihood.rpo, "RPO by adversarial SFT", "2405.16436",
         {**_SUMS, "beta": 0.05, "label_smoothing": 0.0, "sft_weight": 0.005},
@@ -167,12 +168,13 @@ LOSSES: dict[str, LossEntry] = {
     "sft": LossEntry(
         likelihood.sft, "Fine-tuning term (Mixed Preference Optimization)", "2411.10442",
         _without_beta(_PER_TOKEN),
-        "As a part of a weighted sum, or as the baseline that sees only the chosen responses.", needs_reference=False),
+        "As a part of a weighted sum, or as the baseline that sees only the chosen responses.", uses_reference=False),
     "lpo": _lpo(linear.lpo, "Plain linear loss in the scale of the released code; the base of the family's ablations.", sided=False),
     "lpo-paper": _lpo(linear.lpo_paper, "Eq. 6 as printed: half of lpo's preference term against the same anchor.", sided=False),
     "lpo-r": _lpo(linear.lpo_r, "To study weighted log-ratios without the straight-through split.", sided=True),
     "lpo-ste": _lpo(linear.lpo_ste, "The default: r2/r1 sets how hard rejected responses are pushed down.", sided=True),
-    "lpo-ste-paper": _lpo(linear.lpo_ste_paper, "Eq. 11-12 as printed: r2/r1 acts squared.", True, anchors.ste_paper),
+    "lpo-ste-paper": _lpo(
+        linear.lpo_ste_paper, "Eq. 11-12 as printed: r2/r1 acts squared.", sided=True, anchor_function=anchors.ste_paper),
     "lpo-ste-dynamic": _lpo(linear.lpo_ste_dynamic, "When no r2 is known: it decays by itself as the margin grows.", sided=False),
 }  # fmt: skip
 
@@ -184,7 +186,7 @@ class WeightedLoss(NamedTuple):
     weight: float = 1.0
 
 
-LossSum = tuple[WeightedLoss, ...]  # what training minimises; the anchor is the first part's
+LossSum = tuple[WeightedLoss, ...]  # what training minimises; at most one part has an anchor, which is weighted with it
 
 
 def preference_loss(logps: PairLogps, options: LossOptions | LossSum, around: Surroundings | None = None) -> Tensor:
@@ -231,56 +233,70 @@ def loss_options(loss_type: str, **given: Setting) -> LossOptions:
 
 
 def loss_sum(loss_types: Sequence[str], weights: Sequence[float] | None, **given: Setting) -> LossSum:
-    """Options of a weighted sum: a given option goes to every part that uses it, an anchor's to the first part alone.
+    """Options of a weighted sum: a given option goes to every part that uses it.
+
+    The anchor belongs to the first part that has one by default (the lpo family), else to the first part.
 
     Raises:
-        ValueError: as `loss_options`; also weights that do not fit, or one loss named twice.
+        ValueError: as `loss_options`; also weights that do not fit, one loss named twice, an option with several meanings.
     """
     entries = [loss_entry(loss_type) for loss_type in loss_types]
     weights = [1.0] * len(entries) if weights is None else weights
-    if not entries or len(weights) != len(entries) or not all(weight > 0 for weight in weights):
+    if not entries or len(weights) != len(entries) or not all(math.isfinite(weight) and weight > 0 for weight in weights):
         raise ValueError(f"loss weights {list(weights)} must be > 0, one for each of {', '.join(loss_types) or 'no loss'}")
     if len(set(loss_types)) != len(loss_types):
         raise ValueError(f"each loss can be in a sum once, got {', '.join(loss_types)}")
-    chosen = _resolve_gamma(loss_types, entries, {name: value for name, value in given.items() if value is not None})
-    for name, value in chosen.items():
-        takers = entries[:1] if name.startswith("anchor") else entries
-        if not any(name in entry.defaults for entry in takers):
-            uses = "; ".join(f"{loss_type} uses {', '.join(e.defaults)}" for loss_type, e in zip(loss_types, entries, strict=True))
-            raise ValueError(f"loss {' + '.join(loss_types)} does not use {name} (given: {value!r}); {uses}")
+    chosen: Settings = {name: value for name, value in given.items() if value is not None}
+    anchored = next((i for i, entry in enumerate(entries) if entry.defaults["anchor"] != "none"), 0)
+    takers = {name: _takers(name, value, loss_types, entries, anchored) for name, value in chosen.items()}
     parts = []
     for i, (loss_type, entry) in enumerate(zip(loss_types, entries, strict=True)):
-        values = {**entry.defaults, **{name: value for name, value in chosen.items() if name in entry.defaults}}
-        if i > 0:
+        mine: Settings = {name: value for name, value in chosen.items() if i in takers[name]}
+        values: Settings = {**entry.defaults, **_without_gamma(mine, entry)}
+        if i != anchored:
             values["anchor"] = "none"
-        else:
-            _refuse_idle(loss_type, chosen, values)
+        _refuse_idle(loss_type, mine, entry, values)
         parts.append(WeightedLoss(LossOptions(loss_type=loss_type, **values), float(weights[i])))  # type: ignore[arg-type]
     return tuple(parts)
 
 
-def _refuse_idle(loss_type: str, chosen: Settings, values: Settings) -> None:
-    """An anchor's constants without the anchor that uses them."""
-    needed = {"anchor_weight": ("hinge", "spo"), "anchor_slack": ("hinge", "spo"), "anchor_power": ("spo",), "anchor_value": ("spo",)}
-    for name, kinds in needed.items():
-        if name in chosen and values["anchor"] not in kinds:
-            without = f"has no effect on loss {loss_type} with anchor {values['anchor']!r}"
-            raise ValueError(f"{name} = {chosen[name]!r} {without}; give anchor {kinds[0]!r} too")
+def _takers(name: str, value: Setting, loss_types: Sequence[str], entries: Sequence[LossEntry], anchored: int) -> list[int]:
+    """Which parts of a sum a given option is for; ValueError when it is for none, or means something else in each of several."""
+    sum_of = " + ".join(loss_types)
+    if name == "gamma":
+        takers = [i for i, entry in enumerate(entries) if entry.gamma_fills is not None]
+        meanings = {entries[i].gamma_fills for i in takers}
+    else:
+        takers = [i for i, entry in enumerate(entries) if name in entry.defaults]
+        # simpo's and alpha-dpo's margin is one thing; that of odpo, slic and stapo is another in each.
+        meanings = {"a reward" if entries[i].gamma_fills == name else loss_types[i] for i in takers} if name == "margin" else {name}
+    if not takers:
+        uses = "; ".join(f"{loss_type} uses {', '.join(e.defaults)}" for loss_type, e in zip(loss_types, entries, strict=True))
+        raise ValueError(f"loss {sum_of} does not use {name} (given: {value!r}); {uses}")
+    if len(meanings) > 1:
+        raise ValueError(f"loss {sum_of} gives {name} several meanings ({', '.join(sorted(map(str, meanings)))}); given: {value!r}")
+    return [anchored] if name.startswith("anchor") or meanings == {"anchor_weight"} else takers
 
 
-def _resolve_gamma(loss_types: Sequence[str], entries: Sequence[LossEntry], given: Settings) -> Settings:
-    if "gamma" not in given:
+def _without_gamma(given: Settings, entry: LossEntry) -> Settings:
+    """``gamma`` under the name of the option that it means."""
+    if "gamma" not in given or entry.gamma_fills is None:
         return given
-    given = dict(given)
-    gamma = given.pop("gamma")
-    meanings = {entry.gamma_fills for entry in entries if entry.gamma_fills is not None}
-    if len(meanings) != 1:
-        what = "does not use gamma" if not meanings else f"gives gamma several meanings ({', '.join(sorted(meanings))})"
-        raise ValueError(f"loss {' + '.join(loss_types)} {what} (given: {gamma!r})")
-    (meant,) = meanings
-    if meant in given:
-        raise ValueError(f"gamma = {gamma!r} and {meant} = {given[meant]!r} mean the same thing here: give one")
-    return {**given, meant: gamma}
+    if entry.gamma_fills in given:
+        raise ValueError(
+            f"gamma = {given['gamma']!r} and {entry.gamma_fills} = {given[entry.gamma_fills]!r} mean the same thing here: give one"
+        )
+    return {entry.gamma_fills if name == "gamma" else name: value for name, value in given.items()}
+
+
+def _refuse_idle(loss_type: str, given: Settings, entry: LossEntry, values: Settings) -> None:
+    """An anchor's constants without the anchor that uses them, in the user's spelling."""
+    needed = {"anchor_weight": ("hinge", "spo"), "anchor_slack": ("hinge", "spo"), "anchor_power": ("spo",), "anchor_value": ("spo",)}
+    for name, value in given.items():
+        kinds = needed.get(str(entry.gamma_fills) if name == "gamma" else name)
+        if kinds and values["anchor"] not in kinds:
+            without = f"has no effect on loss {loss_type} with anchor {values['anchor']!r}"
+            raise ValueError(f"{name} = {value!r} {without}; give anchor {kinds[0]!r} too")
 
 
 def loss_entry(loss_type: str) -> LossEntry:
@@ -292,38 +308,30 @@ def loss_entry(loss_type: str) -> LossEntry:
     raise ValueError(f"unknown loss {loss_type!r}{hint}; losses: {', '.join(LOSSES)}")
 
 
+def anchored_part(options: LossSum) -> LossOptions | None:
+    """The options of the part that has an anchor."""
+    return next((part.options for part in options if part.options.anchor != "none"), None)
+
+
 def statistics_of(options: LossSum) -> list[tuple[Statistic, LossOptions]]:
     """The running statistics that a sum of losses needs, each with the options it belongs to."""
-    if not options:
-        return []
     needed = [(statistic, part.options) for part in options for statistic in loss_entry(part.options.loss_type).statistics]
-    if options[0].options.anchor == "spo" and options[0].options.anchor_value == "running-minimum":
-        needed += [(statistic, options[0].options) for statistic in _SPO]
+    anchored = anchored_part(options)
+    if anchored is not None and anchored.anchor == "spo" and anchored.anchor_value == "running-minimum":
+        needed += [(statistic, anchored) for statistic in _SPO]
     return needed
+
+
+def needs_peers(options: LossSum) -> bool:
+    """Whether any of the losses looks at the whole micro-batch."""
+    return any(loss_entry(part.options.loss_type).needs_peers for part in options)
 
 
 def needs_reference(options: LossSum) -> bool:
     """Whether any of the losses, or the anchor, looks at reference log-probs."""
-    return any(loss_entry(part.options.loss_type).needs_reference or part.options.anchor != "none" for part in options)
+    return any(loss_entry(part.options.loss_type).uses_reference or part.options.anchor != "none" for part in options)
 
 
 def without_anchor(options: LossSum) -> LossSum:
     """The same losses with the anchor switched off."""
     return tuple(part._replace(options=replace(part.options, anchor="none")) for part in options)
-
-
-def describe_losses() -> str:
-    """The table of losses for `--help-losses`: name, paper, arXiv number, when to use it, options with their defaults."""
-    lines: list[str] = []
-    for name, entry in LOSSES.items():
-        own = {option: default for option, default in entry.defaults.items() if option not in _ANCHOR}
-        paper = f"{entry.paper}, arXiv {entry.arxiv}" if entry.arxiv else entry.paper
-        lines += [f"{name}: {paper}", f"    {entry.when}", f"    {_shown(own)}"]
-        if entry.gamma_fills:
-            lines.append(f"    --gamma means {entry.gamma_fills}")
-    lines += ["every loss takes the anchor's constants too; anchor is none, hinge or spo (experimental):", f"    {_shown(_ANCHOR)}"]
-    return "\n".join(lines)
-
-
-def _shown(settings: Settings) -> str:
-    return " ".join(f"{option}={'1/(2 beta)' if default is None else default}" for option, default in settings.items())

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_patch.preference.anchors import fall
 from megatron_patch.preference.inputs import PairLogps, Surroundings
-from megatron_patch.preference.losses import LossSum, preference_loss, terms_of, without_anchor
+from megatron_patch.preference.losses import LossSum, anchored_part, preference_loss, terms_of, without_anchor
 
 
 def preference_metrics(
@@ -20,7 +20,7 @@ def preference_metrics(
 
     Args:
         logps: the pairs that the losses came from.
-        options: the losses and their constants; rewards and anchor are those of the first.
+        options: the losses and their constants; rewards are those of the first (with beta 0.1 where it has none: sft, slic).
         losses: [P], what `preference_loss(logps, options, around)` returned.
 
     Returns:
@@ -62,10 +62,10 @@ def _log_ratio(policy: Tensor, reference: Tensor) -> Tensor:
 
 
 def _anchor_active(logps: PairLogps, options: LossSum, around: Surroundings) -> Tensor:
-    first = options[0].options
-    if first.anchor == "none":
+    anchored = anchored_part(options)
+    if anchored is None:
         return torch.zeros(logps.policy_chosen.shape, device=logps.policy_chosen.device)
-    return fall(terms_of(logps, first, around), first) > 0
+    return fall(terms_of(logps, anchored, around), anchored) > 0
 
 
 def _sum_and_count(values: Tensor) -> Tensor:

@@ -133,6 +133,8 @@ def test_a_loss_without_a_reference_needs_none(bench: Bench) -> None:
     missing = set(harness.metrics(with_one)[0]) - set(harness.metrics(without)[0])
     assert {"rewards/margins", "lpo/margin"} <= missing and "logps/chosen" not in missing
     assert "NaN" not in (without / "metrics.jsonl").read_text() and not (without / "step_zero.json").exists()
+    foreign = bench.attempt("one", bench.folder("foreign"), bench.reference("other"), "--loss-type", "simpo", "--train-iters", 1)
+    assert foreign.ok and "no reference is used" in foreign.output and "reference log-probs of another weights" in foreign.output
     run = bench.attempt("one", bench.folder("anchored"), bench.pairs, "--loss-type", "simpo", "--anchor", "hinge")
     assert ".ref.json" in run.errors.pop()
 

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from megatron_patch import arguments
-from megatron_patch.arguments import PatchArguments, add_arguments, choose_device, given_losses, requested_device
+from megatron_patch.arguments import PatchArguments, add_arguments, choose_device, describe_losses, given_losses, requested_device
 from megatron_patch.preference.losses import LOSSES, loss_options, loss_sum
 
 ROOT = Path(__file__).parents[2]
@@ -228,13 +229,26 @@ def test_several_losses_are_a_weighted_sum():
     assert losses_of(words) == loss_sum(["sigmoid", "bco", "sft"], [0.8, 0.2, 1.0], beta=0.3)
 
 
-def test_every_option_of_a_loss_has_its_flag():
+def test_what_help_shows_of_a_loss_can_be_typed():
+    """Each line of flags, given as it stands, is the loss with its defaults."""
+    lines = describe_losses().splitlines()
     for name, entry in LOSSES.items():
-        words = ["--loss-type", name]
-        for option, default in entry.defaults.items():
-            if isinstance(default, float) and not option.startswith("anchor"):
-                words += ["--" + option.replace("_", "-"), str(default)]
-        assert options_of(words) == loss_options(name)
+        line = lines.index(f"{name}: {entry.paper}" + (f", arXiv {entry.arxiv}" if entry.arxiv else ""))
+        assert lines[line + 1].strip() == entry.when
+        words = lines[line + 2].replace("--offset 1/(2 beta)", "").split()
+        assert options_of(["--loss-type", name, *words]) == loss_options(name)
+    assert [name for name, entry in LOSSES.items() if not entry.arxiv] == ["stapo"]
+    assert all(re.fullmatch(r"\d{4}\.\d{5}", entry.arxiv) for entry in LOSSES.values() if entry.arxiv)
+    anchor = next(line for line in lines if "--anchor-power" in line).split()
+    assert options_of(["--loss-type", "lpo", "--anchor", "spo", *anchor]) == loss_options("lpo", anchor="spo")
+
+
+def test_fine_tuning_takes_no_loss():
+    assert losses_of(["--train-mode", "finetune"]) == ()
+    refused = {"--beta 0.3": "beta", "--loss-type sigmoid": "a --loss-type", "--no-is-average": "length_normalised"}
+    for words, what in refused.items():
+        with pytest.raises(ValueError, match=f"--train-mode finetune has no preference loss to give {what} to"):
+            losses_of(["--train-mode", "finetune", *words.split()])
 
 
 @pytest.mark.parametrize(
@@ -261,11 +275,7 @@ def test_help_losses_prints_every_loss_and_stops(capsys):
     with pytest.raises(SystemExit) as stop:
         add_arguments(argparse.ArgumentParser(), "cpu", ["--help-losses"])
     assert stop.value.code == 0
-    printed = capsys.readouterr().out.splitlines()
-    for name, entry in LOSSES.items():
-        line = printed.index(f"{name}: {entry.paper}" + (f", arXiv {entry.arxiv}" if entry.arxiv else ""))
-        shown = {option: "1/(2 beta)" if default is None else default for option, default in entry.defaults.items()}
-        assert all(f"{option}={default}" in printed[-1 if option.startswith("anchor_") else line + 2] for option, default in shown.items())
+    assert capsys.readouterr().out == describe_losses() + "\n"
 
 
 ERRORS = {

@@ -31,12 +31,12 @@ def alpha_dpo(pairs: PairTerms, options: LossOptions) -> Tensor:
 
     L = -ls(z), z = b (p1 - p2) - sg(g + a M*), M* = (b h - mean) / deviation.  dL/dp1 = -b s(-z), dL/dp2 = b s(-z).
     Identity: SimPO's, until the statistics move. Mean and deviation of b h are those of the global batches before this one
-    (exponential averages of it and of its square, which start at 0 and 1). a = 0 is SimPO.
+    (exponential averages of it and of its square, which start at 0 and 1). a = 0 is SimPO. The authors' code multiplies its alpha (0.05
+    to 0.2 in their scripts) by b, which the paper and this function do not: theirs times b is ours.
     """
-    reward_margin = options.beta * (pairs.x1 - pairs.x2)
     mean, square = pairs.statistics.get(ALPHA_MARGIN, 0.0), pairs.statistics.get(ALPHA_SQUARE, 1.0)
     deviation = max(math.sqrt(max(square - mean * mean, 0.0)), LEAST_DEVIATION)
-    target = options.margin + options.alpha * (reward_margin.detach() - mean) / deviation
+    target = options.margin + options.alpha * (log_ratio_margin(pairs, options).detach() - mean) / deviation
     return -logsigmoid(options.beta * (pairs.p1 - pairs.p2) - target)
 
 

@@ -44,7 +44,7 @@ def lpo_ste(pairs: PairTerms, options: LossOptions) -> Tensor:
 def lpo_ste_paper(pairs: PairTerms, options: LossOptions) -> Tensor:
     """LPO with the straight-through split exactly as printed (arXiv 2508.14947, Eq. 11-12): r1 and r2 act twice.
 
-    L = 4 b / (r1+r2) (r1^2 |x1 - sg(x2) - m| + r2^2 |sg(x1) - x2 - m|); its anchor is `anchors.ste_paper_hinge`.
+    L = 4 b / (r1+r2) (r1^2 |x1 - sg(x2) - m| + r2^2 |sg(x1) - x2 - m|); its anchor is `anchors.ste_paper`.
     dL/dx1 = 4 b r1^2/(r1+r2) sgn(h - m), dL/dx2 = -4 b r2^2/(r1+r2) sgn(h - m).  Identity: 4 b m (r1^2 + r2^2) / (r1 + r2).
     """
     chosen_side, rejected_side = _one_sided_distances(pairs, options)

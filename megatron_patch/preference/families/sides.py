@@ -34,7 +34,8 @@ def kto_pair(pairs: PairTerms, options: LossOptions) -> Tensor:
     gradient (the released LPO code lets one through).
     dL/dx1 = -b s'(b (x1 - z2)) / 2, dL/dx2 = b s'(b (z1 - x2)) / 2.  Identity: 1/2.
     """
-    chosen_kl, rejected_kl = (_mean(x).clamp(min=0) for x in (pairs.peers.x1, pairs.peers.x2))
+    everyone = pairs.peers
+    chosen_kl, rejected_kl = _mean(everyone.x1).clamp(min=0), _mean(everyone.x2).clamp(min=0)
     return ((options.beta * (rejected_kl - pairs.x1)).sigmoid() + (options.beta * (pairs.x2 - chosen_kl)).sigmoid()) / 2
 
 

@@ -113,14 +113,15 @@ def test_impossible_sources_are_refused(sizes, weights, complaint):
         PairOrder(sizes, seed=0, weights=weights)
 
 
+@pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("seed", range(60))
-def test_split_keeps_every_pair_and_every_limit(seed):
+def test_split_keeps_every_pair_and_every_limit(seed, together):
     rng = np.random.default_rng(seed)
     count, ranks, multiple = int(rng.integers(1, 60)), int(rng.integers(1, 5)), int(rng.integers(1, 5))
     pairs = rng.permutation(1000)[:count]
     tokens = rng.integers(1, 500, count)
     limit = int(tokens.max() + rng.integers(0, 1500))
-    slots = split_by_cost(pairs, tokens, ranks=ranks, max_tokens=limit, multiple_of=multiple)
+    slots = split_by_cost(pairs, tokens, ranks=ranks, max_tokens=limit, multiple_of=multiple, together=together)
     assert flat(slots) == sorted(pairs.tolist())
     assert len(slots) % multiple == 0 and all(len(slot) == ranks for slot in slots)
     cost = dict(zip(pairs.tolist(), tokens.tolist(), strict=True))
@@ -132,7 +133,7 @@ def test_split_keeps_every_pair_and_every_limit(seed):
     # A filling that overflows has filled every bin to more than half (the pair that overflows is no longer than those before it), so
     # twice the least conceivable number of micro-batches always suffices.
     least = -(-int(tokens.sum()) // (ranks * limit))
-    assert len(slots) <= -(-max(2 * least, 1) // multiple) * multiple
+    assert together or len(slots) <= -(-max(2 * least, 1) // multiple) * multiple
 
 
 def test_no_smaller_number_of_micro_batches_would_do():
@@ -153,6 +154,43 @@ def test_bins_are_balanced_near_the_optimum(seed):
     assert loads.max() <= 4 / 3 * optimum_at_least
     # Ranks wait for the slowest of each micro-batch: what they lose is small.
     assert loads.max(axis=1).sum() <= 1.1 * loads.mean(axis=1).sum()
+
+
+# (mean tokens, G, D, max_tokens, multiple_of) and what the ranks' waiting may cost: long pairs, few to a bin.
+HARD = [(2500, 128, 8, 8192, 4, 1.06), (3500, 64, 4, 8192, 1, 1.035), (2500, 64, 8, 8192, 1, 1.06), (2500, 24, 2, 8192, 1, 1.03)]
+
+
+@pytest.mark.parametrize(("mean", "count", "ranks", "limit", "multiple", "bound"), HARD)
+def test_ranks_wait_little_when_pairs_are_long(mean, count, ranks, limit, multiple, bound):
+    rng = np.random.default_rng(0)
+    waits = []
+    for _ in range(20):
+        tokens = np.clip(rng.lognormal(np.log(mean), 0.6, count), 20, limit).astype(np.int64)
+        slots = split_by_cost(np.arange(count), tokens, ranks=ranks, max_tokens=limit, multiple_of=multiple)
+        loads = np.array([[tokens[share].sum() for share in slot] for slot in slots])
+        waits.append(loads.max(axis=1).sum() / loads.mean(axis=1).sum())
+    assert np.mean(waits) <= bound
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_together_means_the_same_company_at_every_number_of_ranks(seed):
+    tokens = np.random.default_rng(seed).integers(50, 400, 48)
+    company = []
+    for ranks in (1, 2, 3):
+        slots = split_by_cost(np.arange(48), tokens, ranks=ranks, max_tokens=3600 // ranks, multiple_of=1, together=True)
+        company.append({frozenset(int(n) for share in slot for n in share) for slot in slots})
+        loads = np.array([[tokens[share].sum() for share in slot] for slot in slots]).sum(axis=0)
+        assert loads.max() <= 1.03 * loads.mean(), "over a whole step no rank has much more than another"
+    assert company[0] == company[1] == company[2]
+
+
+@pytest.mark.parametrize("limit", [260, 330, 420, 2000])
+def test_first_split_step_is_found_without_planning_every_step(limit):
+    tokens = np.random.default_rng(1).integers(10, 100, 50)
+    plan = BatchPlan(PairOrder([50], seed=3), tokens, batch=10, ranks=2, max_tokens=limit, together=True)
+    split = [consumed for consumed in range(20, 600, 10) if len(plan.split(plan.pairs(consumed))) > 1]
+    assert plan.first_split_step(20, 600) == (split[0] if split else None)
+    assert BatchPlan(PairOrder([50], seed=3), tokens, batch=10, ranks=2, max_tokens=9999, multiple_of=2).first_split_step(0, 10) == 0
 
 
 def test_fewer_pairs_than_slots_leave_slots_empty():

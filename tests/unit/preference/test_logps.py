@@ -5,7 +5,9 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from megatron_patch.preference.inputs import PairLogps
 from megatron_patch.preference.logps import ScoredTargets, scored_targets, sum_by_response
+from megatron_patch.preference.losses import loss_options, preference_loss
 
 VOCAB = 61
 
@@ -90,3 +92,18 @@ def test_no_scored_token_gives_zeros_with_a_gradient():
     assert sums.shape == (0,)
     sums.sum().backward()
     assert nothing.grad.shape == (0,)
+
+
+@pytest.mark.parametrize("name", ["lpo-ste", "sigmoid", "orpo", "kto"])
+def test_tokens_that_are_not_scored_have_no_gradient(name):
+    """Prompts, padding and the dummy sequence: nothing of a loss reaches the logits that predict them."""
+    tokens = torch.tensor([3, 4, 5, 6, 3, 4, 7, 0, 0])
+    owner = torch.tensor([-1, -1, 0, 0, -1, -1, 1, -1, -1])
+    scored = scored_targets(tokens, owner, 2)
+    torch.manual_seed(0)
+    logits = torch.randn(9, VOCAB, dtype=torch.float64, requires_grad=True)
+    sums = sum_by_response(torch.log_softmax(logits, -1)[scored.positions, scored.targets], scored)
+    one = torch.ones(1, dtype=torch.float64)
+    preference_loss(PairLogps(sums[:1], sums[1:], -8 * one, -4 * one, 2 * one, one), loss_options(name)).sum().backward()
+    rows = logits.grad.abs().sum(dim=1)
+    assert (rows[[1, 2, 5]] > 0).all() and (rows[[0, 3, 4, 6, 7, 8]] == 0).all()

@@ -11,7 +11,6 @@ from megatron_patch.preference.inputs import LossOptions, PairLogps
 from megatron_patch.preference.losses import (
     LOSSES,
     WeightedLoss,
-    describe_losses,
     loss_options,
     loss_sum,
     needs_reference,
@@ -58,7 +57,7 @@ def test_given_values_overlay_defaults_and_none_is_not_given():
         ("lpo-ste", {"label_smoothing": 0.1}, "does not use label_smoothing"),
         ("sigmoid", {"gamma": 1.0}, "sigmoid does not use gamma"),
         ("sigmoid", {"anchor_weight": 1.0}, "anchor_weight = 1.0 has no effect"),
-        ("lpo-ste", {"anchor": "none", "gamma": 3.0}, "anchor_weight = 3.0 has no effect"),
+        ("lpo-ste", {"anchor": "none", "gamma": 3.0}, "gamma = 3.0 has no effect"),
         ("lpo-ste", {"gamma": 1.0, "anchor_weight": 2.0}, "give one"),
         ("lpo-ste", {"anchor": "sop"}, "anchor = 'sop' is out of range: it must be one of none, hinge, spo"),
         ("lpo-ste", {"anchor_power": 2.0}, "anchor_power = 2.0 has no effect on loss lpo-ste with anchor 'hinge'; give anchor 'spo' too"),
@@ -115,11 +114,20 @@ def test_a_sum_adds_weighted_losses():
     assert loss_sum(["sigmoid", "sft"], None) == (WeightedLoss(loss_options("sigmoid"), 1.0), WeightedLoss(loss_options("sft"), 1.0))
 
 
-def test_the_anchor_of_a_sum_is_its_first_losses():
-    first, second = loss_sum(["lpo-ste", "lpo"], None, anchor_weight=3.0)
-    assert (first.options.anchor, first.options.anchor_weight, second.options.anchor) == ("hinge", 3.0, "none")
-    assert [part.options.anchor for part in loss_sum(["sigmoid", "lpo"], None)] == ["none", "none"]
-    assert [part.options.anchor for part in without_anchor((first, second))] == ["none", "none"]
+def test_the_anchor_of_a_sum_belongs_to_the_loss_that_has_one():
+    def anchors(names, **given):
+        return [(part.options.anchor, part.options.anchor_weight) for part in loss_sum(names, None, **given)]
+
+    assert anchors(["sft", "lpo-ste"], gamma=3.0) == [("none", 10.0), ("hinge", 3.0)] == anchors(["sft", "lpo-ste"], anchor_weight=3.0)
+    assert anchors(["lpo-ste", "lpo"], anchor_weight=3.0) == [("hinge", 3.0), ("none", 10.0)] == anchors(["lpo-ste", "lpo"], gamma=3.0)
+    assert anchors(["sigmoid", "sft"]) == [("none", 10.0)] * 2
+    assert anchors(["sigmoid", "sft"], anchor="spo", anchor_power=2.0) == [("spo", 10.0), ("none", 10.0)]
+    assert [part.options.anchor for part in without_anchor(loss_sum(["sft", "lpo-ste"], None))] == ["none", "none"]
+
+
+def test_an_option_of_a_sum_reaches_only_the_losses_that_mean_it():
+    assert [part.options.margin for part in loss_sum(["odpo", "simpo"], None, gamma=0.3)] == [1.0, 0.3]
+    assert [part.options.margin for part in loss_sum(["simpo", "alpha-dpo"], None, margin=0.3)] == [0.3, 0.3]
 
 
 @pytest.mark.parametrize(
@@ -132,7 +140,9 @@ def test_the_anchor_of_a_sum_is_its_first_losses():
         ([], None, {}, "one for each of no loss"),
         (["sigmoid", "sft"], None, {"r2": 0.5}, "loss sigmoid + sft does not use r2 (given: 0.5); sigmoid uses beta"),
         (["lpo", "simpo"], None, {"gamma": 0.5}, "gives gamma several meanings (anchor_weight, margin)"),
-        (["sigmoid", "lpo"], None, {"anchor_weight": 2.0}, "has no effect on loss sigmoid with anchor 'none'"),
+        (["sigmoid", "sft"], None, {"anchor_weight": 2.0}, "has no effect on loss sigmoid with anchor 'none'"),
+        (["simpo", "stapo"], None, {"margin": 0.6}, "gives margin several meanings (a reward, stapo); given: 0.6"),
+        (["sigmoid", "sft"], [1.0, math.inf], {}, "must be > 0"),
     ],
 )
 def test_bad_sums_are_refused(names, weights, given, message):
@@ -160,12 +170,3 @@ def test_only_losses_with_a_memory_have_statistics():
     spo = loss_sum(["lpo"], None, anchor="spo", anchor_value="running-minimum")
     assert [(statistic.name, statistic.initial) for statistic, _ in statistics_of(spo)] == [("spo/excess", 0.0)]
     assert statistics_of(loss_sum(["lpo"], None, anchor="spo")) == [] == statistics_of(())
-
-
-def test_help_names_every_loss_option_and_paper():
-    text = describe_losses()
-    for name, entry in LOSSES.items():
-        assert f"{name}: {entry.paper}" in text and entry.arxiv in text and entry.when in text
-        assert all(f"{option}=" in text for option in entry.defaults)
-    assert [name for name, entry in LOSSES.items() if not entry.arxiv] == ["stapo"]
-    assert all(re.fullmatch(r"\d{4}\.\d{5}", entry.arxiv) for entry in LOSSES.values() if entry.arxiv)

@@ -251,9 +251,10 @@ FAR = [(1e4, -1e4), (-1e4, 1e4), (-1e4, -1e4), (-300.0, -1e-9), (0.0, 0.0), (-1e
 @pytest.mark.parametrize("name", LOSSES)
 def test_extremes_are_finite(name, dtype):
     """Log-ratios of thousands of nats, probabilities of one: a value or a gradient that overflows would poison the whole step."""
-    for x1, x2 in FAR:
-        for values in value_and_gradients(pairs([x1], [x2], dtype=dtype), loss_options(name)):
-            assert torch.isfinite(values).all(), (x1, x2)
+    for options in (loss_options(name), tried(name), tried(name, anchor="spo", anchor_power=4.0, anchor_weight=10.0)):
+        for x1, x2 in FAR:
+            for values in value_and_gradients(pairs([x1], [x2], dtype=dtype), options):
+                assert torch.isfinite(values).all(), (options, x1, x2)
 
 
 def test_dpo_is_the_special_case_that_the_papers_say():
