@@ -19,7 +19,7 @@ PANELS = (
     ("eval_lpo/chosen_logratio", "chosen log-ratio (nats per token)", True),
     ("eval_lpo/rejected_logratio", "rejected log-ratio (nats per token)", True),
     ("eval_lpo/margin", "margin (nats per token)", True),
-    ("eval_rewards/accuracies", "preference accuracy", False),
+    ("eval_rewards/accuracies", "preference accuracy (log-ratio sums)", False),
 )  # metric, label, whether it is 0 before the first step
 ACCURACY_PANELS = {ACCURACY: "greedy accuracy on held-out problems", ERROR_RATE: "character error rate"}
 TEN = [matplotlib.colormaps["tab10"](place) for place in range(10)]
@@ -70,7 +70,8 @@ def draw_curves(findings: Findings, path: Path) -> None:
         axis.set_xlabel("optimiser step")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5), frameon=False)
-    figure.suptitle(f"{findings.comparison.title}: held-out pairs, mean and range of {len(findings.comparison.seeds)} seeds")
+    count = len(findings.comparison.seeds)
+    figure.suptitle(f"{findings.comparison.title}: held-out pairs, {f'mean and range of {count} seeds' if count > 1 else 'one seed'}")
     _save(figure, path)
 
 

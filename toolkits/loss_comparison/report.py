@@ -123,7 +123,8 @@ def as_markdown(findings: Findings, source: Path, plots: Sequence[Path]) -> str:
         *(f"![{plot.stem}]({plot.name})" for plot in plots),
         "## Held-out problems and pairs",
         table(_final_heading(findings), [_final_row(findings, name) for name in (SFT, *findings.final)]),
-        "Log-ratios and margin: nats per token, policy minus fine-tuned model; at the untouched model they are 0.",
+        "Log-ratios and margin: nats per token, policy minus fine-tuned model; at the untouched model they are 0. Preference accuracy: the "
+        "fraction of pairs with a positive margin.",
         "## Every rate tried",
         table(_rates_heading(), _rates_rows(findings)),
         "## Protocol",
