@@ -28,9 +28,9 @@ Curve = tuple[np.ndarray, np.ndarray]
 
 
 def evaluations(folder: Path) -> list[dict[str, Any]]:
-    """The evaluations in a training's metrics.jsonl."""
+    """The evaluations in a training's metrics.jsonl, one a step: a training that went on after an interruption may repeat its last."""
     rows = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    return [row for row in rows if "eval_loss" in row]
+    return list({row["iteration"]: row for row in rows if "eval_loss" in row}.values())
 
 
 def curve(seeds: Sequence[Sequence[Mapping[str, Any]]], metric: str, from_zero: bool) -> Curve:

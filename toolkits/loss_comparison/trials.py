@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_patch.data.atomic_files import read_json, sha256_file, write_json
-from toolkits.loss_comparison.materials import Materials
+from toolkits.loss_comparison.materials import SPLITS, Materials
 from toolkits.loss_comparison.measure import measure
 from toolkits.loss_comparison.plan import SFT, Run
 
@@ -96,6 +96,8 @@ class Bench:
         """
         folder, started = self.folder(trial), time.monotonic()
         (folder / "logs").mkdir(parents=True, exist_ok=True)
+        for split in SPLITS:  # numbers of an earlier training
+            self._numbers_path(trial, split).unlink(missing_ok=True)
         terminal = folder / "logs/terminal.log"
         environment = {**os.environ, "PRESET": str(trial.run.preset), "OUTPUT": str(folder)}
         with open(terminal, "w", encoding="utf-8") as stream:

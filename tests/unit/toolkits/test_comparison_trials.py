@@ -85,6 +85,9 @@ def test_numbers_are_of_what_is_there_now(bench: Bench, trial: Trial) -> None:
     bench.measure(None, "valid")
     assert bench.measured(trial, "valid") == bench.measured(None, "valid") == NUMBERS
     assert bench.measured(trial, "heldout") is None
+    bench.train(trial)
+    assert bench.measured(trial, "valid") is None and bench.measured(None, "valid") == NUMBERS
+    bench.measure(trial, "valid")
     write_jsonl(bench.materials.problems["valid"], [{"question": "another", "answer": "#### 2"}])
     assert bench.measured(trial, "valid") is None and bench.measured(None, "valid") is None
 
