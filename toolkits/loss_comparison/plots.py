@@ -57,19 +57,19 @@ def draw_curves(findings: Findings, path: Path) -> None:
     figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), sharex=True, layout="constrained")
     colour = colours(findings)
     seeds = {name: [evaluations(findings.bench.folder(trial)) for trial in trials] for name, trials in findings.final.items()}
-    for axis, (metric, label, from_zero) in zip(axes.flat, PANELS, strict=True):
+    for axis, (metric, unit, from_zero) in zip(axes.flat, PANELS, strict=True):
         for name, rows in seeds.items():
             steps, values = curve(rows, metric, from_zero)
-            axis.plot(steps, values.mean(axis=0), color=colour[name], label=name, linewidth=1.4, marker=".", markersize=4)
+            label = f"{name}, rate {findings.rates[name]:g}"
+            axis.plot(steps, values.mean(axis=0), color=colour[name], label=label, linewidth=1.4, marker=".", markersize=4)
             axis.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colour[name], alpha=0.15, linewidth=0)
         if from_zero:
             axis.axhline(0, color="grey", linewidth=0.6)
-        axis.set_ylabel(label)
+        axis.set_ylabel(unit)
         axis.grid(alpha=0.25)
     for axis in axes[1]:
         axis.set_xlabel("optimiser step")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5), frameon=False)
+    _legend(figure, axes[0, 0])
     count = len(findings.comparison.seeds)
     figure.suptitle(f"{findings.comparison.title}: held-out pairs, {f'mean and range of {count} seeds' if count > 1 else 'one seed'}")
     _save(figure, path)
@@ -84,6 +84,7 @@ def draw_accuracies(findings: Findings, path: Path) -> None:
         axis.set_ylabel(ACCURACY_PANELS[metric])
         axis.grid(alpha=0.25, axis="y")
         axis.set_axisbelow(True)
+    _legend(figure, axes[0, 0])
     figure.suptitle(findings.comparison.title)
     _save(figure, path)
 
@@ -105,7 +106,6 @@ def _bars(axis: Any, findings: Findings, metric: str) -> None:
     axis.tick_params(axis="x", labelrotation=30 if len(names) > 4 else 0)
     for label in axis.get_xticklabels():
         label.set_horizontalalignment("right" if len(names) > 4 else "center")
-    axis.legend(frameon=False)
 
 
 def _over_x(axis: Any, findings: Findings, metric: str) -> None:
@@ -121,7 +121,12 @@ def _over_x(axis: Any, findings: Findings, metric: str) -> None:
             _level(axis, findings, run.name, metric, next(distinct))
     _level(axis, findings, SFT, metric, "black")
     axis.set_xlabel(findings.comparison.x)
-    axis.legend(frameon=False)
+
+
+def _legend(figure: Any, axis: Any) -> None:
+    """One for all panels, below them."""
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5), frameon=False)
 
 
 def _save(figure: Any, path: Path) -> None:
