@@ -34,6 +34,7 @@ dpo_lr=1e-5
 rm -rf "$out"
 mkdir -p "$out"
 echo "made by scripts/quickstart.sh, which may remove this folder" >"$out/.quickstart"
+if [ "${QUICKSTART_SMALL:-0}" = 1 ]; then echo small >>"$out/.quickstart"; fi
 stage_started=$SECONDS
 finished() { printf '%s\t%s\n' "$1" "$((SECONDS - stage_started))" >>"$out/seconds.tsv"; stage_started=$SECONDS; }
 say() { printf '\n== %s\n' "$*"; }

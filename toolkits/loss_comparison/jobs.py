@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,20 +43,27 @@ def run_jobs(bench: Bench, stage: str, jobs: Sequence[Job], workers: int) -> Non
         JobsFailed: after all others have finished.
     """
     todo, failed = [job for job in jobs if not job.is_done(bench)], 0
-    say(f"{stage}: {len(jobs)} runs, {len(jobs) - len(todo)} finished before")
+    say(f"{stage}: {len(jobs)} to measure, {len(jobs) - len(todo)} finished before")
     if not todo:
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(workers, len(todo)), mp_context=context, initializer=_prepare_worker) as pool:
-        futures = [pool.submit(_carry_out, bench, job) for job in todo]
+        futures = {pool.submit(_carry_out, bench, job): job for job in todo}
         for number, future in enumerate(as_completed(futures), start=1):
             try:
                 say(f"{stage} {number}/{len(todo)}: {future.result()}")
             except TrialFailed as failure:
                 failed += 1
                 sys.stderr.write(f"{failure}\n")
+            except BrokenProcessPool:
+                end_children()
+                raise JobsFailed(f"{stage} {number}/{len(todo)}: a worker was killed (out of memory?); what has finished is kept") from None
+            except Exception as failure:  # one subject's damaged file must not hide how the others end
+                failed += 1
+                subject = futures[future].subject or SFT
+                sys.stderr.write(f"[failed] {subject} ({futures[future].split}): {type(failure).__name__}: {failure}\n")
     if failed:
-        raise JobsFailed(f"{failed} of {len(todo)} runs failed; the others are kept: the same command goes on with what is missing")
+        raise JobsFailed(f"{failed} of {len(todo)} failed; the others are kept: the same command goes on with what is missing")
 
 
 def say(line: str) -> None:
@@ -84,12 +92,17 @@ def _prepare_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends everything
 
 
+def end_children() -> None:
+    """End everything this process started, torchrun's workers included."""
+    for child in psutil.Process().children(recursive=True):
+        child.terminate()
+
+
 def end_together() -> None:
     """When this process is asked to end, everything it started ends first: torchrun's workers would outlive it."""
 
     def end(number: int, _: Any) -> None:
-        for child in psutil.Process().children(recursive=True):
-            child.terminate()
+        end_children()
         sys.exit(128 + number)
 
     for number in (signal.SIGTERM, signal.SIGINT):

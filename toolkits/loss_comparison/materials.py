@@ -21,6 +21,8 @@ from toolkits.loss_comparison.plan import Comparison, PairSet
 
 DATA_JOB = "toolkits/lpo_data_preprocessing/scripts/gene_lpo_lam_cand.sh"
 LIMITS = {"MAX_NEW_TOKENS": "64", "MAX_LENGTH": "128"}  # tokens, as in the quickstart
+# Trained models are measured with transformers in float32: the reference that they are held against must be, too, also on a GPU.
+MEASURED_IN = {"PRECISION": "fp32"}
 # The quickstart's split: a prompt that its validation pairs hold is in no training set.
 SPLIT = ("--seed", "1", "--valid-fraction", "0.1")
 SPLITS = ("valid", "heldout")
@@ -68,6 +70,7 @@ def make_materials(comparison: Comparison, out: Path) -> Materials:
     folder = comparison.materials
     if not _is_complete(folder):
         _run(["bash", "scripts/quickstart.sh"], QUICKSTART_UNTIL="pairs", QUICKSTART_OUT=str(folder))
+    _refuse_small(folder)
     model = folder / "sft/hf"
     weights = weights_fingerprint(model)
     stores = {"valid": _store(folder / "pairs/valid"), "heldout": _store(_make_heldout(folder, weights, out))}
@@ -82,6 +85,13 @@ def _is_complete(folder: Path) -> bool:
     """Whether the quickstart got as far as its pairs."""
     needed = ("sft/hf/config.json", "pairs/train.ref.json", "pairs/valid.ref.json", "heldout/train.json")
     return all((folder / name).exists() for name in needed)
+
+
+def _refuse_small(folder: Path) -> None:
+    """The numbers of a QUICKSTART_SMALL quickstart mean nothing; only a test wants them."""
+    marker = folder / ".quickstart"
+    if marker.exists() and "small" in marker.read_text(encoding="utf-8") and os.environ.get("QUICKSTART_SMALL", "0") != "1":
+        raise ValueError(f"{folder} was made with QUICKSTART_SMALL=1: remove it, or name another folder as materials")
 
 
 def _store(prefix: Path) -> Store:
@@ -143,7 +153,8 @@ def _stage(name: str, words: Sequence[str]) -> None:
 
 def _data_job(stages: str, model: Path, output: Path, **environment: str) -> None:
     """Stages of the data job; only the first of them reads INPUT."""
-    _run(["bash", DATA_JOB], **{"INPUT": "unused", **environment, **LIMITS, "STAGES": stages, "HF_PATH": str(model), "OUTPUT": str(output)})
+    paths = {"HF_PATH": str(model), "OUTPUT": str(output)}
+    _run(["bash", DATA_JOB], **{"INPUT": "unused", **environment, **LIMITS, **MEASURED_IN, "STAGES": stages, **paths})
 
 
 def _run(command: Sequence[str], **environment: str) -> None:

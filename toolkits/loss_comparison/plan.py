@@ -115,7 +115,7 @@ def _fraction(value: Any) -> float:
 
 
 def _rate(value: Any) -> float:
-    if not _number(value) > 0:
+    if not 0 < _number(value) < float("inf"):
         raise ValueError(f"must be > 0, got {value!r}")
     return float(value)
 
@@ -195,8 +195,8 @@ def read_comparison(path: Path) -> Comparison:
     """
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid TOML ({error})") from None
     runs, pair_sets = raw.pop("runs", None), raw.pop("pair_sets", {})

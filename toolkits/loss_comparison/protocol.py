@@ -11,13 +11,16 @@ from toolkits.loss_comparison.plan import Comparison, Run
 from toolkits.loss_comparison.trials import Numbers, Trial
 
 PROTOCOL = (
-    "Every loss starts from the same fine-tuned weights and is trained at each of its learning rates with the first seed.",
+    "Every loss starts from the same fine-tuned weights and is trained at each of its learning rates with the first seed; a run may take "
+    "over the rate of another instead, where what they share should be all but one option.",
     "Its rate is the one with the highest greedy accuracy on the validation problems; of equals the one with the higher preference "
     "accuracy on the validation pairs, then the lower rate.",
     "At the chosen rate it is trained with every seed (the first is not trained twice) and measured on held-out problems and pairs, which "
     "no choice has seen.",
     "A number is the mean over seeds ± half of its 95% interval (Student t); of runs whose intervals overlap nothing is said but "
     '"no difference".',
+    "A seed decides the order of the pairs, nothing else: model, pairs and problems are the same for all. So an interval says how a "
+    "training varies, not what other problems would give: of n problems a fraction p is known to about sqrt(p (1-p) / n).",
 )
 
 # Student's t, 0.975 quantile, for 1 to 30 degrees of freedom.
@@ -88,6 +91,11 @@ def choose_rates(comparison: Comparison, measured: Mapping[Trial, Numbers]) -> d
 def _best_rate(run: Run, measured: Mapping[Trial, Numbers]) -> float:
     tried = {trial.learning_rate: numbers for trial, numbers in measured.items() if trial.run == run}
     return max(tried, key=lambda rate: (tried[rate]["greedy_accuracy"], tried[rate]["preference_accuracy"], -rate))
+
+
+def is_at_the_end(run: Run, rate: float) -> bool:
+    """Whether a chosen rate is the lowest or the highest tried, so that a better one may lie outside."""
+    return run.rates_from is None and len(run.learning_rates) > 2 and rate in (min(run.learning_rates), max(run.learning_rates))
 
 
 def final_trials(comparison: Comparison, rates: Mapping[str, float]) -> dict[str, list[Trial]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_patch.data.atomic_files import atomic_path, write_json
 from toolkits.loss_comparison.plan import SFT, Comparison
-from toolkits.loss_comparison.protocol import PROTOCOL, Estimate, certain, estimate, verdict
+from toolkits.loss_comparison.protocol import PROTOCOL, Estimate, certain, estimate, is_at_the_end, verdict
 from toolkits.loss_comparison.trials import Bench, Numbers, Trial
 
 ACCURACY = "greedy_accuracy"
@@ -94,7 +94,8 @@ def _run_as_json(findings: Findings, name: str) -> dict[str, Any]:
     heldout = {metric: findings.estimate(name, metric) for metric in (ACCURACY, *PAIR_COLUMNS, ERROR_RATE)}
     return {
         "preset": str(run.preset), "flags": list(run.flags), "steps": run.steps, "pairs": run.pairs, "x": run.x,
-        "learning_rate": findings.rates[name], "rates_from": run.rates_from, "seeds": [trial.seed for trial in trials],
+        "learning_rate": findings.rates[name], "at_the_end_of_its_rates": is_at_the_end(run, findings.rates[name]),
+        "rates_from": run.rates_from, "seeds": [trial.seed for trial in trials],
         "heldout": {metric: {"mean": e.mean, "half_width": e.half_width, "values": list(e.values)} for metric, e in heldout.items()},
         "verdict": findings.verdict(name),
         "folders": [str(findings.bench.folder(trial)) for trial in trials],
@@ -173,7 +174,8 @@ def _rates_rows(findings: Findings) -> list[list[str]]:
         for trial, numbers in findings.tried.items():
             if trial.run == run:
                 cells = [f"{numbers[metric]:{'+' if metric in SIGNED else ''}.3f}" for metric in (ACCURACY, *PAIR_COLUMNS)]
-                mark = "chosen" if trial.learning_rate == findings.rates[run.name] else ""
+                chosen = trial.learning_rate == findings.rates[run.name]
+                mark = ("chosen, at the end of its rates" if is_at_the_end(run, trial.learning_rate) else "chosen") if chosen else ""
                 rows.append([run.name, f"{trial.learning_rate:g}", *cells, mark])
     return rows
 

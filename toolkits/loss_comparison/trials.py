@@ -23,6 +23,7 @@ from toolkits.loss_comparison.measure import measure
 from toolkits.loss_comparison.plan import SFT, Run
 
 RUN_SCRIPT = "examples/qwen2_5/run_mcore_qwen_xpo.sh"
+SETTINGS = ("DEVICE", "PRECISION", "TP", "PP", "NPROC_PER_NODE")  # choices by environment that the run script listens to
 LAST_LINES = 25  # of a failed training's output: what launch.sh explains, and a little before it
 
 
@@ -63,6 +64,7 @@ class Bench:
             "preset": run.preset.read_text(encoding="utf-8"), "flags": list(run.flags), "steps": run.steps, "seed": trial.seed,
             "learning_rate": trial.learning_rate, "eval_interval": self.eval_interval, "weights": materials.weights,
             "pairs": materials.training[run.pairs].fingerprint, "evaluated_on": materials.stores["heldout"].fingerprint,
+            **{name: os.environ[name] for name in SETTINGS if name in os.environ},
         }  # fmt: skip
 
     def folder(self, subject: Subject) -> Path:

@@ -1,7 +1,8 @@
 """Stage 2 without a model: candidates made by editing the chosen answer at random, in place of samples of the policy.
 
-Rejected answers made so are cheap, and wrong in ways that no model is wrong in: what they are worth against samples is a question this
-stage lets one ask. One edit changes a character, a word or a digit; which and where depends on (seed, record id, candidate number) alone.
+Rejected answers made so are cheap, and damaged in ways that no model's are: many still end in the right number. What they are worth
+against samples is a question this stage lets one ask. One edit changes a character, a word or a digit; which and where depends on
+(seed, record id, candidate number) alone.
 """
 
 import argparse

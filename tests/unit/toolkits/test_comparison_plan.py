@@ -1,9 +1,12 @@
 """A comparison's file: what it means when it is right, and one line with file and key when it is not."""
 
+import argparse
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from megatron_patch.arguments import PatchArguments, given_losses
 from toolkits.loss_comparison.plan import Comparison, read_comparison
 
 ROOT = Path(__file__).parents[3]
@@ -98,7 +101,7 @@ def test_mistakes(tmp_path: Path, text: str, line: str) -> None:
 
 
 def test_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"nowhere\.toml: no such file"):
+    with pytest.raises(ValueError, match=r"nowhere\.toml: No such file or directory"):
         read_comparison(tmp_path / "nowhere.toml")
 
 
@@ -108,3 +111,10 @@ def test_the_repository_s_comparisons(path: Path) -> None:
     comparison = read_comparison(path)
     assert len(comparison.seeds) == 3
     assert all(len(run.learning_rates) == 3 for run in comparison.runs if run.rates_from is None)
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    for item in fields(PatchArguments):
+        if item.metadata.get("action") != "store_true":
+            parser.add_argument("--" + item.name.replace("_", "-"), **{**item.metadata, "default": item.default})
+    losses = [given_losses(parser.parse_args(run.flags)) for run in comparison.runs]
+    distinct = {(loss, run.pairs) for loss, run in zip(losses, comparison.runs, strict=True)}
+    assert len(distinct) == len(comparison.runs), "two runs of a comparison are the same"

@@ -12,6 +12,7 @@ from toolkits.loss_comparison.protocol import (
     choose_rates,
     estimate,
     final_trials,
+    is_at_the_end,
     selection_trials,
     student_t,
     verdict,
@@ -94,3 +95,10 @@ def test_the_choice_is_the_first_seed() -> None:
     tried = selection_trials(plan)
     final = final_trials(plan, {"a": 2e-5})["a"]
     assert [trial.seed for trial in final] == [7, 8] and final[0] in tried and final[1] not in tried
+
+
+def test_a_choice_at_the_end_of_its_rates_is_known_as_one() -> None:
+    """A better rate may lie outside; two rates, or another run's, are no grid to have an end."""
+    assert [is_at_the_end(run("a"), rate) for rate in (1e-5, 2e-5, 4e-5)] == [True, False, True]
+    assert not is_at_the_end(run("a", (1e-5, 2e-5)), 2e-5)
+    assert not is_at_the_end(run("a", rates_from="b"), 4e-5)
