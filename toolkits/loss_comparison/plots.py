@@ -126,7 +126,9 @@ def _over_x(axis: Any, findings: Findings, metric: str) -> None:
 def _legend(figure: Any, axis: Any) -> None:
     """One for all panels, below them."""
     handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5), frameon=False)
+    inches = 0.6 + 0.085 * max(map(len, labels))  # of one column: the line, and letters of the default size
+    columns = max(1, min(len(labels), int(figure.get_figwidth() / inches)))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
 
 
 def _save(figure: Any, path: Path) -> None:
