@@ -91,7 +91,7 @@ def test_a_second_call_trains_nothing(work: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (work / "out/runs").rglob("*") if path.is_file()}
     done = compare(work, both(work))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "[compare] learning rates: 4 runs, 4 finished before" in done.stdout and "seeds: 2 runs, 2 finished before" in done.stdout
+    assert "[compare] learning rates: 4 to measure, 4 finished before" in done.stdout and "seeds: 2 to measure, 2 finished before" in done.stdout
     assert {path: path.stat().st_mtime_ns for path in (work / "out/runs").rglob("*") if path.is_file()} == before
 
 
@@ -100,9 +100,9 @@ def test_a_failure_is_shown_and_the_rest_kept(work: Path) -> None:
     done = compare(work, FILE.format(materials=work / "materials") + SECOND.format(name="wrong", loss="lpo-stem"))
     assert done.returncode == 1, done.stdout + done.stderr
     assert "perturb: 120 records read, 120 kept" in done.stdout
-    assert "[compare] learning rates: 4 runs, 4 finished before" in done.stdout
+    assert "[compare] learning rates: 4 to measure, 4 finished before" in done.stdout
     assert "[failed] wrong, rate " in done.stderr and "unknown loss 'lpo-stem'" in done.stderr
-    assert "[failed] 1 of 1 runs failed; the others are kept" in done.stderr
+    assert "[failed] 1 of 1 failed; the others are kept" in done.stderr
 
 
 def test_a_mistake_in_the_file_is_one_line(work: Path) -> None:
