@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_patch.arguments import PatchArguments, given_losses
+from toolkits.loss_comparison import plan
 from toolkits.loss_comparison.plan import Comparison, read_comparison
 
 ROOT = Path(__file__).parents[3]
@@ -118,3 +119,13 @@ def test_the_repository_s_comparisons(path: Path) -> None:
     losses = [given_losses(parser.parse_args(run.flags)) for run in comparison.runs]
     distinct = {(loss, run.pairs) for loss, run in zip(losses, comparison.runs, strict=True)}
     assert len(distinct) == len(comparison.runs), "two runs of a comparison are the same"
+
+
+def test_the_documented_file_can_be_read(tmp_path: Path) -> None:
+    """examples/qwen2_5/comparisons/README.md shows every key."""
+    text = (ROOT / "examples/qwen2_5/comparisons/README.md").read_text(encoding="utf-8")
+    shown = "\n".join(line[4:] for line in text.splitlines() if line.startswith("    "))
+    (tmp_path / "shown.toml").write_text(shown)
+    read_comparison(tmp_path / "shown.toml")
+    keys = {**plan._TOP, **plan._RUN, **plan._PAIR_SET}
+    assert not [key for key in keys if f"{key} = " not in shown]
