@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,9 @@ import torch
 
 from megatron_patch.arguments import add_arguments
 from megatron_patch.errors import AgreedError
+
+# torchrun ends all ranks as soon as one leaves, also the one that has yet to write the line: the silent ones wait to be ended.
+SILENT_WAIT_S = 20
 
 
 def parse_arguments(device: str, add: Callable[[argparse.ArgumentParser], None] = lambda parser: None) -> argparse.Namespace:
@@ -38,16 +42,19 @@ def user_errors() -> Iterator[None]:
     """Turn ValueError into one line that starts with ``[error]`` and exit code 2.
 
     Before the process group exists all ranks fail alike and rank 0 speaks; after that the failing rank speaks and torchrun
-    ends the others.
+    ends the others. A silent rank leaves last.
     """
     try:
         yield
     except ValueError as error:
         together = torch.distributed.is_initialized()
-        if os.environ.get("RANK", "0") == "0" or (together and not isinstance(error, AgreedError)):
+        speaks = os.environ.get("RANK", "0") == "0" or (together and not isinstance(error, AgreedError))
+        if speaks:
             sys.stderr.write(f"[error] {' '.join(str(error).split())}\n")
         if os.environ.get("LPO_TRACEBACK"):
             traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
+        if not speaks and "TORCHELASTIC_RUN_ID" in os.environ:
+            time.sleep(SILENT_WAIT_S)
         os._exit(2)  # not sys.exit: a half-initialised process group may wait for ever for the other ranks

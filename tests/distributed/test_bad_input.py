@@ -249,6 +249,24 @@ def test_torchrun_shows_the_line_and_ends(bench: Bench) -> None:
     assert seconds < 60
 
 
+SLOW_SPEAKER = """
+import os, time
+from megatron_patch.entry import user_errors
+with user_errors():
+    time.sleep(3 * (os.environ["RANK"] == "0"))
+    raise ValueError("on all ranks")
+"""
+
+
+@pytest.mark.ci
+def test_torchrun_waits_for_the_rank_that_speaks(tmp_path: Path) -> None:
+    """torchrun ends every rank when the first one leaves: that must not be a silent one."""
+    entry = tmp_path / "entry.py"
+    entry.write_text(SLOW_SPEAKER)
+    done, _ = torchrun(2, entry, [])
+    assert done.returncode == 1 and done.stderr.count("[error] on all ranks\n") == 1, done.stderr[-3000:]
+
+
 @pytest.mark.ci
 def test_torchrun_trains_as_the_harness_does(bench: Bench) -> None:
     """What all other tests rest on: forked ranks and torchrun's ranks compute the same."""
