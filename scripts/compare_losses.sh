@@ -2,8 +2,8 @@
 # Several preference losses from the same weights on the same pairs: trained, measured, and set side by side with intervals over seeds.
 #   scripts/compare_losses.sh examples/qwen2_5/comparisons/r2.toml
 # Writes outputs/comparisons/NAME/comparison.md, comparison.json, curves.png and accuracy.png. Started again, it goes on with what is
-# missing; a run is repeated only if something in its configuration changed. The quickstart's model and pairs are made when they are
-# missing (QUICKSTART_SMALL=1: few and meaningless, for tests).
+# missing; a run is repeated only if something in its configuration changed, and not if it diverged (its learning rate is out then).
+# The quickstart's model and pairs are made when they are missing (QUICKSTART_SMALL=1: few and meaningless, for tests).
 # Choices by environment:
 #   JOBS         trainings at a time (default: one a CPU core; one on a machine with GPUs, where the launcher takes them all)
 #   COMPARE_OUT  another folder

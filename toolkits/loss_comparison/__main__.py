@@ -6,8 +6,10 @@ Exit code: 0 finished, 2 a user's error in one line, 1 a training failed (the ot
 """
 
 import argparse
+import fcntl
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from toolkits.loss_comparison.jobs import Job, JobsFailed, end_together, run_jobs, say
@@ -24,19 +26,42 @@ def carry_out(comparison: Comparison, bench: Bench, workers: int) -> Findings:
 
     def numbers(subject: Subject, split: str) -> Numbers:
         found = bench.measured(subject, split)
-        assert found is not None
+        if found is None:
+            raise JobsFailed(f"{subject} diverged; a report needs every seed: take its rate out of the file")
         return found
 
     untouched = [Job(None, split) for split in SPLITS]
     candidates = selection_trials(comparison)
     run_jobs(bench, "learning rates", [*untouched, *(Job(trial, "valid") for trial in candidates)], workers)
-    tried = {trial: numbers(trial, "valid") for trial in candidates}
+    tried = {trial: None if bench.is_diverged(trial) else numbers(trial, "valid") for trial in candidates}
     rates = choose_rates(comparison, tried)
     say("chosen: " + ", ".join(f"{name} {rate:g}" for name, rate in rates.items()))
     final = final_trials(comparison, rates)
     run_jobs(bench, "seeds", [Job(trial, "heldout") for trials in final.values() for trial in trials], workers)
     heldout = {name: {trial: numbers(trial, "heldout") for trial in trials} for name, trials in final.items()}
     return Findings(comparison, bench, tried, rates, heldout, {split: numbers(None, split) for split in SPLITS})
+
+
+def show(findings: Findings, file: Path) -> None:
+    """Plots, tables, and a line that says where they are."""
+    out = findings.bench.out
+    plots = [out / "curves.png", out / "accuracy.png"]
+    draw_curves(findings, plots[0])
+    draw_accuracies(findings, plots[1])
+    write_report(findings, file, plots)
+    say(f"{out}/comparison.md, comparison.json, {', '.join(plot.name for plot in plots)}")
+
+
+@contextmanager
+def only_one(out: Path) -> Iterator[None]:
+    """The folder of the runs, made, for this process alone; ValueError where another holds it."""
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{out}: another comparison is at work in this folder") from None
+        yield
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,9 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.jobs < 1:
             raise ValueError(f"JOBS must be at least 1, got {args.jobs}")
         comparison = read_comparison(args.file)
-        args.out.mkdir(parents=True, exist_ok=True)
-        bench = Bench(args.out, make_materials(comparison, args.out), comparison.eval_interval)
-        findings = carry_out(comparison, bench, args.jobs)
+        with only_one(args.out):
+            bench = Bench(args.out, make_materials(comparison, args.out), comparison.eval_interval)
+            show(carry_out(comparison, bench, args.jobs), args.file)
     except ValueError as error:
         sys.stderr.write(f"[error] {error}\n")
         return 2
@@ -62,11 +87,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except JobsFailed as error:
         sys.stderr.write(f"[failed] {error}\n")
         return 1
-    plots = [args.out / "curves.png", args.out / "accuracy.png"]
-    draw_curves(findings, plots[0])
-    draw_accuracies(findings, plots[1])
-    write_report(findings, args.file, plots)
-    say(f"{args.out}/comparison.md, comparison.json, {', '.join(plot.name for plot in plots)}")
     return 0
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 
 from toolkits.loss_comparison.plan import SFT
-from toolkits.loss_comparison.trials import Bench, Subject, TrialFailed
+from toolkits.loss_comparison.trials import Bench, Diverged, Subject, TrialFailed
 
 
 class JobsFailed(Exception):
@@ -32,12 +32,12 @@ class Job:
     split: str
 
     def is_done(self, bench: Bench) -> bool:
-        """Whether the numbers are there."""
-        return bench.measured(self.subject, self.split) is not None
+        """Whether the numbers are there, or cannot be."""
+        return bench.measured(self.subject, self.split) is not None or bench.is_diverged(self.subject)
 
 
 def run_jobs(bench: Bench, stage: str, jobs: Sequence[Job], workers: int) -> None:
-    """Do what is not done yet; ``stage`` opens every line.
+    """Do what is not done yet; ``stage`` opens every line. A training that diverged is done.
 
     Raises:
         JobsFailed: after all others have finished.
@@ -52,6 +52,9 @@ def run_jobs(bench: Bench, stage: str, jobs: Sequence[Job], workers: int) -> Non
         for number, future in enumerate(as_completed(futures), start=1):
             try:
                 say(f"{stage} {number}/{len(todo)}: {future.result()}")
+            except Diverged as failure:
+                sys.stderr.write(f"{failure}\n")
+                say(f"{stage} {number}/{len(todo)}: {futures[future].subject}: diverged")
             except TrialFailed as failure:
                 failed += 1
                 sys.stderr.write(f"{failure}\n")

@@ -4,6 +4,7 @@ A run inherits what it does not say (preset, learning rates, steps) from the top
 """
 
 import difflib
+import re
 import shlex
 import tomllib
 from collections.abc import Callable, Mapping
@@ -261,6 +262,8 @@ def _check_names(comparison: Comparison, path: Path) -> None:
             raise ValueError(f"{where}name: {'stands for the untouched model' if run.name == SFT else 'was given to another run already'}")
         if run.pairs is not None and run.pairs not in comparison.pair_sets:
             raise ValueError(f"{where}pairs: there is no [pair_sets.{run.pairs}]")
+        if run.steps < comparison.eval_interval:
+            raise ValueError(f"{where}steps: {run.steps} steps end before the first evaluation (eval_interval {comparison.eval_interval})")
         if run.x is not None and comparison.x is None:
             raise ValueError(f"{where}x: the file does not say what x is (x = \"...\" at its top)")
     if comparison.x is not None and all(run.x is None for run in comparison.runs):
@@ -279,6 +282,10 @@ def _check_shared_rates(comparison: Comparison, path: Path) -> None:
 def _check_pair_sets(comparison: Comparison, path: Path) -> None:
     for name, pairs in comparison.pair_sets.items():
         where = f"{path}: pair_sets.{name}."
+        if not re.fullmatch(r"[\w-]+", name):
+            raise ValueError(f"{where.rstrip('.')}: its name is a folder's: letters, digits, _ and -")
+        if pairs.candidates == "perturbed" and pairs.method == "judged":
+            raise ValueError(f"{where}method: perturbed answers are all to be rejected, judged compares samples; use lppc or verified")
         if name not in {run.pairs for run in comparison.runs}:
             raise ValueError(f"{where.rstrip('.')}: no run uses it")
         if pairs.swap_fraction and (pairs.method != "judged" or pairs.max_pairs_per_prompt > 1):

@@ -14,7 +14,7 @@ PROTOCOL = (
     "Every loss starts from the same fine-tuned weights and is trained at each of its learning rates with the first seed; a run may take "
     "over the rate of another instead, where what they share should be all but one option.",
     "Its rate is the one with the highest greedy accuracy on the validation problems; of equals the one with the higher preference "
-    "accuracy on the validation pairs, then the lower rate.",
+    "accuracy on the validation pairs, then the lower rate. A rate whose training diverged is none.",
     "At the chosen rate it is trained with every seed (the first is not trained twice) and measured on held-out problems and pairs, which "
     "no choice has seen.",
     "A number is the mean over seeds ± half of its 95% interval (Student t); of runs whose intervals overlap nothing is said but "
@@ -82,14 +82,20 @@ def selection_trials(comparison: Comparison) -> list[Trial]:
     return [trial for _, trial in sorted(trials, key=lambda item: item[0])]
 
 
-def choose_rates(comparison: Comparison, measured: Mapping[Trial, Numbers]) -> dict[str, float]:
-    """The learning rate of every run, by name, from the numbers of `selection_trials` on validation problems and pairs."""
+def choose_rates(comparison: Comparison, measured: Mapping[Trial, Numbers | None]) -> dict[str, float]:
+    """The learning rate of every run, by name, from the numbers of `selection_trials` on validation problems and pairs.
+
+    Raises:
+        ValueError: a run diverged (None) at all of its rates.
+    """
     own = {run.name: _best_rate(run, measured) for run in comparison.runs if run.rates_from is None}
     return {run.name: own[run.rates_from or run.name] for run in comparison.runs}
 
 
-def _best_rate(run: Run, measured: Mapping[Trial, Numbers]) -> float:
-    tried = {trial.learning_rate: numbers for trial, numbers in measured.items() if trial.run == run}
+def _best_rate(run: Run, measured: Mapping[Trial, Numbers | None]) -> float:
+    tried = {trial.learning_rate: numbers for trial, numbers in measured.items() if trial.run == run and numbers is not None}
+    if not tried:
+        raise ValueError(f"{run.name} diverged at every learning rate: give it lower ones")
     return max(tried, key=lambda rate: (tried[rate]["greedy_accuracy"], tried[rate]["preference_accuracy"], -rate))
 
 

@@ -26,8 +26,8 @@ class Findings:
 
     comparison: Comparison
     bench: Bench
-    tried: Mapping[Trial, Numbers]
-    """On validation problems and pairs, at every rate."""
+    tried: Mapping[Trial, Numbers | None]
+    """On validation problems and pairs, at every rate; None: diverged."""
     rates: Mapping[str, float]
     """The chosen one, by run."""
     final: Mapping[str, Mapping[Trial, Numbers]]
@@ -69,7 +69,8 @@ def write_report(findings: Findings, source: Path, plots: Sequence[Path]) -> Non
 def as_json(findings: Findings, source: Path) -> dict[str, Any]:
     """Every number, every rate tried, every configuration."""
     bench, comparison = findings.bench, findings.comparison
-    trained = {*findings.tried, *(trial for trials in findings.final.values() for trial in trials)}
+    ended = (trial for trial, numbers in findings.tried.items() if numbers is not None)
+    trained = {*ended, *(trial for trials in findings.final.values() for trial in trials)}
     return {
         "title": comparison.title,
         "file": str(source),
@@ -173,11 +174,23 @@ def _rates_rows(findings: Findings) -> list[list[str]]:
             rows.append([run.name, f"{findings.rates[run.name]:g}", *empty, f"taken from {run.rates_from}"])
         for trial, numbers in findings.tried.items():
             if trial.run == run:
-                cells = [f"{numbers[metric]:{'+' if metric in SIGNED else ''}.3f}" for metric in (ACCURACY, *PAIR_COLUMNS)]
-                chosen = trial.learning_rate == findings.rates[run.name]
-                mark = ("chosen, at the end of its rates" if is_at_the_end(run, trial.learning_rate) else "chosen") if chosen else ""
-                rows.append([run.name, f"{trial.learning_rate:g}", *cells, mark])
+                rows.append([run.name, f"{trial.learning_rate:g}", *_rate_cells(numbers), _mark(findings, trial)])
     return rows
+
+
+def _rate_cells(numbers: Numbers | None) -> list[str]:
+    metrics = (ACCURACY, *PAIR_COLUMNS)
+    if numbers is None:
+        return [NOTHING] * len(metrics)
+    return [f"{numbers[metric]:{'+' if metric in SIGNED else ''}.3f}" for metric in metrics]
+
+
+def _mark(findings: Findings, trial: Trial) -> str:
+    if findings.tried[trial] is None:
+        return "diverged"
+    if trial.learning_rate != findings.rates[trial.run.name]:
+        return ""
+    return "chosen, at the end of its rates" if is_at_the_end(trial.run, trial.learning_rate) else "chosen"
 
 
 def _configuration_rows(findings: Findings) -> list[list[str]]:

@@ -24,11 +24,16 @@ from toolkits.loss_comparison.plan import SFT, Run
 
 RUN_SCRIPT = "examples/qwen2_5/run_mcore_qwen_xpo.sh"
 SETTINGS = ("DEVICE", "PRECISION", "TP", "PP", "NPROC_PER_NODE")  # choices by environment that the run script listens to
+DIVERGED = "NaN or infinite"  # in the line that ends such a training (megatron_patch/step_checks.py)
 LAST_LINES = 25  # of a failed training's output: what launch.sh explains, and a little before it
 
 
 class TrialFailed(Exception):
     """A training ended with another exit code than 0; the message is for the terminal."""
+
+
+class Diverged(TrialFailed):
+    """Its log-probs or gradients were no longer finite, and would not be the next time either."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,13 @@ class Bench:
             marker.exists() and read_json(marker, "a finished training")["configuration"] == self.configuration(subject)
         )
 
+    def is_diverged(self, subject: Subject) -> bool:
+        """Whether this very training ended as `Diverged`."""
+        marker = self.folder(subject) / "diverged.json"
+        return subject is not None and (
+            marker.exists() and read_json(marker, "a diverged training")["configuration"] == self.configuration(subject)
+        )
+
     def training_seconds(self, trial: Trial) -> float:
         """Wall-clock seconds of a finished training, start-up and evaluations included."""
         return read_json(self.folder(trial) / "finished.json", "a finished training")["seconds"]
@@ -94,7 +106,7 @@ class Bench:
         """One training, from the fine-tuned model to an exported folder.
 
         Raises:
-            TrialFailed: with the last lines of its output.
+            TrialFailed: with the last lines of its output. Diverged: the same, and it is noted.
         """
         folder, started = self.folder(trial), time.monotonic()
         (folder / "logs").mkdir(parents=True, exist_ok=True)
@@ -105,7 +117,11 @@ class Bench:
         with open(terminal, "w", encoding="utf-8") as stream:
             done = subprocess.run(["bash", RUN_SCRIPT, *self._flags(trial)], env=environment, stdout=stream, stderr=stream, check=False)
         if done.returncode:
-            raise TrialFailed(_failure(trial, done.returncode, terminal))
+            failure = _failure(trial, done.returncode, terminal)
+            if DIVERGED in failure:
+                write_json(folder / "diverged.json", {"configuration": self.configuration(trial)})
+                raise Diverged(failure)
+            raise TrialFailed(failure)
         write_json(folder / "finished.json", {"configuration": self.configuration(trial), "seconds": time.monotonic() - started})
 
     def _flags(self, trial: Trial) -> Sequence[str]:

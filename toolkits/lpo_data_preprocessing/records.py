@@ -104,6 +104,8 @@ class Tally:
     """Losses, by reason: too many are an error."""
     left_out: Counter[str] = field(default_factory=Counter)
     """Left out by design (a sample equal to the chosen answer...): shown, never an error."""
+    altered: Counter[str] = field(default_factory=Counter)
+    """Kept, but not as it came (labels exchanged...): shown."""
 
     def drop(self, reason: str, count: int = 1) -> None:
         """Count a loss."""
@@ -119,8 +121,9 @@ class Tally:
             raise ValueError(f"no {self.unit} left ({reasons})")
 
     def table(self) -> str:
-        """The counts by reason, one line each; empty if nothing was dropped or left out."""
-        rows = [("dropped", *item) for item in self.dropped.most_common()] + [("left out", *item) for item in self.left_out.most_common()]
+        """The counts by reason, one line each; empty if everything was kept as it came."""
+        counts = {"dropped": self.dropped, "left out": self.left_out, "altered": self.altered}
+        rows = [(what, *item) for what, count in counts.items() for item in count.most_common()]
         return "\n".join(f"  {what:<8}  {reason:<28} {count:>9}" for what, reason, count in rows)
 
 
@@ -167,8 +170,8 @@ def run_stage(parser: StageParser, run: Callable[[argparse.Namespace], str], arg
 
 def close_stage(tally: Tally, output: str | Path) -> str:
     """Write the counts to ``<output>.tally.json`` and return them for the terminal: a summary line and the table under it."""
-    counts = {"read": tally.read, "kept": tally.kept, "dropped": dict(tally.dropped), "left_out": dict(tally.left_out)}
-    write_json(Path(f"{output}.tally.json"), {"unit": tally.unit, **counts})
+    reasons = {"dropped": dict(tally.dropped), "left_out": dict(tally.left_out), "altered": dict(tally.altered)}
+    write_json(Path(f"{output}.tally.json"), {"unit": tally.unit, "read": tally.read, "kept": tally.kept, **reasons})
     lost, left_out = sum(tally.dropped.values()), sum(tally.left_out.values())
     summary = f"{tally.read} {tally.unit} read, {tally.kept} kept, {lost} dropped, {left_out} left out -> {output}"
     return f"{summary}\n{tally.table()}".strip()

@@ -152,6 +152,7 @@ def _selected(args: argparse.Namespace, tally: Tally) -> Iterator[Record]:
         tally.kept += 1
         if is_swapped(result, args.swap_fraction, args.seed):
             result = swapped(result)
+            tally.altered["labels_exchanged"] += 1
         yield scored(result, record["chosen"]) if args.scores else result
 
 

@@ -94,6 +94,9 @@ def test_pair_sets(tmp_path: Path) -> None:
         (TOP + DPO + "[pair_sets.a]\nn = 2", "pair_sets.a: no run uses it"),
         (TOP + A + 'method = "best"', "pair_sets.a.method: must be one of lppc, verified, judged, got 'best'"),
         (TOP + A + 'swap_fraction = 0.2', 'pair_sets.a.swap_fraction: needs method = "judged"'),
+        (TOP.replace("steps = 9", "steps = 2") + DPO, "run 1 (DPO): steps: 2 steps end before the first evaluation (eval_interval 3)"),
+        (TOP + DPO + 'pairs = "../a"\n[pair_sets."../a"]', "pair_sets.../a: its name is a folder's"),
+        (TOP + A + 'candidates = "perturbed"\nmethod = "judged"', "pair_sets.a.method: perturbed answers are all to be rejected"),
         (TOP + A + 'swap_fraction = 1', "pair_sets.a.swap_fraction: must lie in [0, 1), got 1"),
     ],
 )

@@ -90,6 +90,15 @@ def test_choice(numbers: tuple[tuple[float, float], ...], chosen: float) -> None
     assert choose_rates(plan, measured(selection_trials(plan), *numbers)) == {"a": chosen, "b": chosen}
 
 
+def test_a_diverged_rate_is_none() -> None:
+    plan = comparison(run("a"))
+    trials = selection_trials(plan)
+    best = {"greedy_accuracy": 0.9, "preference_accuracy": 0.9}
+    assert choose_rates(plan, {trials[0]: best, trials[1]: None, trials[2]: None}) == {"a": 1e-5}
+    with pytest.raises(ValueError, match="a diverged at every learning rate"):
+        choose_rates(plan, dict.fromkeys(trials))
+
+
 def test_the_choice_is_the_first_seed() -> None:
     plan = comparison(run("a"), seeds=(7, 8))
     tried = selection_trials(plan)

@@ -82,6 +82,15 @@ def test_every_rate_is_shown(findings: Findings) -> None:
     ]  # fmt: skip
 
 
+def test_a_diverged_rate(findings: Findings) -> None:
+    lost = Trial(findings.comparison.runs[0], 1e-5, 1)
+    found = replace(findings, tried={trial: None if trial == lost else numbers for trial, numbers in findings.tried.items()})
+    row = lines_of(as_markdown(found, Path("c.toml"), []), "Every rate tried")[1]
+    assert row == ["DPO", "1e-05", *["—"] * 5, "diverged"]
+    report = as_json(found, Path("c.toml"))
+    assert report["rates_tried"][0]["valid"] is None and report["trainings"] == 10
+
+
 def test_json(findings: Findings) -> None:
     report = as_json(findings, Path("c.toml"))
     assert report["trainings"] == 2 + 2 + 3 + 2 + 2 and report["training_seconds"] == 22.0  # a choice is its run's first seed

@@ -1,6 +1,7 @@
 """When a training counts as finished, and what is shown when it fails; a stand-in for the run script trains nothing."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,9 +9,10 @@ import pytest
 from toolkit_helpers import write_jsonl
 
 from toolkits.loss_comparison import trials as module
+from toolkits.loss_comparison.jobs import Job
 from toolkits.loss_comparison.materials import Materials, Store
 from toolkits.loss_comparison.plan import Run
-from toolkits.loss_comparison.trials import Bench, Trial, TrialFailed
+from toolkits.loss_comparison.trials import Bench, Diverged, Trial, TrialFailed
 
 STAND_IN = 'mkdir -p "$OUTPUT/hf"; echo "$PRESET $*" >>"$OUTPUT/called"; echo "[error] no luck"; exit ${STAND_IN_CODE:-0}\n'
 NUMBERS = {"greedy_accuracy": 0.5}
@@ -90,6 +92,23 @@ def test_numbers_are_of_what_is_there_now(bench: Bench, trial: Trial) -> None:
     bench.measure(trial, "valid")
     write_jsonl(bench.materials.problems["valid"], [{"question": "another", "answer": "#### 2"}])
     assert bench.measured(trial, "valid") is None and bench.measured(None, "valid") is None
+
+
+def test_a_diverged_training_is_not_tried_again(bench: Bench, trial: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
+    (bench.out.parent / "run.sh").write_text('echo "[error] gradients are NaN or infinite"; exit 1\n')
+    assert not bench.is_diverged(trial) and not bench.is_diverged(None)
+    with pytest.raises(Diverged, match="gradients are NaN or infinite"):
+        bench.train(trial)
+    assert bench.is_diverged(trial) and not bench.is_trained(trial) and bench.measured(trial, "valid") is None
+    assert Job(trial, "valid").is_done(bench)
+    other = replace(trial, learning_rate=2e-5)
+    assert not bench.is_diverged(other) and not Job(other, "valid").is_done(bench)
+
+
+def test_what_says_that_a_training_diverged() -> None:
+    """The words in the two complaints that end it: of log-probs, and of gradients."""
+    checks = (Path(__file__).parents[3] / "megatron_patch/step_checks.py").read_text()
+    assert len(re.findall(f'raise AgreedError\\(f"[^"]*{module.DIVERGED}', checks)) == 2
 
 
 def test_a_failure_names_run_last_lines_and_logs(bench: Bench, trial: Trial, monkeypatch: pytest.MonkeyPatch) -> None:

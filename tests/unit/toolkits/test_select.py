@@ -127,13 +127,14 @@ def test_an_answer_without_a_number_cannot_judge(fails, tmp_path):
     assert "in.jsonl:1: the reference answer has no final number" in line
 
 
-def test_swapped_labels(tmp_path):
+def test_swapped_labels(tmp_path, capsys):
     """About the fraction asked for, the same ones every time, and those whole pairs turned round."""
     rows = [record(i, f"question {i}", chosen=f"#### {i}", candidates=sampled(f"so #### {i}", f"#### {i + 1}")) for i in range(500)]
     assert stage(tmp_path, rows, "--method", "judged", "--max-pairs-per-prompt", "1", "--swap-fraction", "0.2") == 0
     first = read_jsonl(tmp_path / "out.jsonl")
     swapped = [row for row in first if row.get("swapped")]
     assert 70 < len(swapped) < 130 and len(first) == 500
+    assert f"altered   labels_exchanged {len(swapped):>21}" in capsys.readouterr().out
     for row in first:
         number = int(row["id"].removeprefix("r"))
         sides = [f"so #### {number}", f"#### {number + 1}"]
