@@ -2,23 +2,29 @@
 
 The unit of work is a block of 64 consecutive input records, generated as one batch. A finished block is a file of its own under
 `<output>.blocks/`; a restart makes only the missing ones and the output is put together at the end. The noise of a sample depends on
-(seed, record id, sample number) alone, and a block's batch is fixed by the input's order, so a block made again is byte for byte the same.
-`<output>.blocks/plan.json` says what the blocks were made with: blocks of another model, input or option are refused. A finished output
-keeps its plan as `<output>.plan.json`: asked for once more with the same plan it stays as it is, so a requeued job goes on at any point.
+(seed, record id, sample number) alone, and a block's batch is fixed by the input's order, so a block made again is byte for byte the same
+(with the transformers engine in float32; the plan says what another engine promises).
+`<output>.blocks/plan.json` says what the blocks were made with: blocks of another model, input or option are refused.
+
+With --shard i/n a process makes every n-th block and stops there; all shards write to the one folder, so an interrupted job may go on
+with another number of them. --merge puts the output together and refuses while a block is missing. Without either one process does both.
 
 A candidate is {"text", "finish_reason"}: "stop" if the model ended its turn, "length" if it was cut. Nothing is appended to a cut answer.
 """
 
 import argparse
+import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_patch.data.atomic_files import read_json, sha256_file, write_json
-from megatron_patch.evaluation.generate import PerRowSampler, generate
+from megatron_patch.evaluation.generate import PerRowSampler
+from toolkits.lpo_data_preprocessing.engines import ENGINES, Engine, Request, check_engine
+from toolkits.lpo_data_preprocessing.finished import Finished, compare_plans
 from toolkits.lpo_data_preprocessing.records import (
     Record,
     StageParser,
@@ -35,46 +41,9 @@ from toolkits.lpo_data_preprocessing.records import (
 from toolkits.lpo_data_preprocessing.tokenise import ChatTokenizer
 
 BLOCK = 64
+# A process's place among its fellows: of a SLURM step, of torchrun.
+_PLACES = (("SLURM_PROCID", "SLURM_NTASKS"), ("RANK", "WORLD_SIZE"))
 _PLAN_OPTIONS = ("engine", "n", "temperature", "top_p", "max_new_tokens", "max_prompt_length", "seed", "dtype", "response_end")
-
-
-@dataclass(frozen=True)
-class Request:
-    """One sample to be made."""
-
-    prompt: list[int]
-    key: str
-    """"<record id>/<sample number>": what its noise depends on, beside the seed."""
-
-
-Engine = Callable[[list[Request]], list[dict[str, str]]]
-"""One block's requests -> one {"text", "finish_reason"} each, in order."""
-
-
-def transformers_engine(args: argparse.Namespace, tokenizer: ChatTokenizer) -> Engine:
-    """Sample with a transformers model loaded from `args.model` on `args.device`."""
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = getattr(torch, args.dtype)
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        args.model, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
-    )
-    model.to(device).eval()
-
-    def sample(requests: list[Request]) -> list[dict[str, str]]:
-        sampler = PerRowSampler([request.key for request in requests], args.seed, args.temperature, args.top_p)
-        prompts = [request.prompt for request in requests]
-        outputs = generate(model, prompts, max_new_tokens=args.max_new_tokens, stop_ids=tokenizer.stop_ids, sampler=sampler)
-        return [{"text": tokenizer.decode(output.ids), "finish_reason": output.finish_reason} for output in outputs]
-
-    return sample
-
-
-ENGINES: dict[str, Callable[[argparse.Namespace, ChatTokenizer], Engine]] = {"transformers": transformers_engine}
 
 
 @dataclass(frozen=True)
@@ -99,7 +68,7 @@ class Blocks:
         if not path.exists():
             write_json(path, plan)
         recorded = read_json(path, "the plan of the finished blocks")
-        _compare(plan, recorded, f"{self.folder}: holds blocks")
+        compare_plans(plan, recorded, f"{self.folder}: holds blocks")
 
     def merge(self, output: str | Path, tally: Tally, max_drop_fraction: float) -> int:
         """Put the finished blocks together in input order; returns the number of candidates that were cut at the length limit."""
@@ -118,42 +87,6 @@ class Blocks:
         return cut
 
 
-def _compare(plan: dict[str, Any], recorded: dict[str, Any], what: str) -> None:
-    differing = sorted(key for key in plan | recorded if plan.get(key) != recorded.get(key))
-    if differing:
-        was, now = recorded.get(differing[0]), plan.get(differing[0])
-        raise ValueError(
-            f"{what} made with another {', '.join(differing)} ({differing[0]} was {was!r}, is {now!r}); "
-            "use another OUTPUT (--output) or --overwrite"
-        )
-
-
-@dataclass(frozen=True)
-class Finished:
-    """The plan and the contents of a finished output, beside it; written after the output and before its blocks go."""
-
-    output: Path
-
-    @property
-    def path(self) -> Path:
-        """The file."""
-        return Path(f"{self.output}.plan.json")
-
-    def record(self, plan: dict[str, Any]) -> None:
-        """Say that the output is finished."""
-        write_json(self.path, {"plan": plan, "output": sha256_file(self.output)})
-
-    def holds(self, plan: dict[str, Any]) -> bool:
-        """Whether the output is there, finished, and made with this plan; ValueError for another plan or changed contents."""
-        if not self.path.exists() or not self.output.exists():
-            return False
-        recorded = read_json(self.path, "the plan of the finished output")
-        _compare(plan, recorded["plan"], f"{self.output}: was")
-        if recorded["output"] != sha256_file(self.output):
-            raise ValueError(f"{self.output}: was changed since it was made; use another OUTPUT (--output) or --overwrite")
-        return True
-
-
 def model_fingerprint(folder: str | Path) -> str:
     """Names and sha256 (16 digits each) of a Hugging Face folder's configuration and weights; ValueError if it holds none."""
     files = sorted(path for pattern in ("config.json", "*.safetensors") for path in Path(folder).glob(pattern))
@@ -162,11 +95,30 @@ def model_fingerprint(folder: str | Path) -> str:
     return ",".join(f"{path.name}:{sha256_file(path)[:16]}" for path in files)
 
 
-def _plan(args: argparse.Namespace, tokenizer: ChatTokenizer) -> dict[str, Any]:
-    """Everything that changes the samples."""
+def _plan(args: argparse.Namespace, tokenizer: ChatTokenizer | None) -> dict[str, Any]:
+    """Everything that changes the samples, and what the engine promises."""
+    kind = ENGINES[args.engine]
     plan = {name: getattr(args, name) for name in _PLAN_OPTIONS} | {"block": BLOCK, "input": sha256_file(args.input)}
-    fingerprints = {"tokenizer": tokenizer.fingerprint, "template": tokenizer.template_fingerprint}
-    return plan | {"model": model_fingerprint(args.model)} | fingerprints
+    plan |= {"promise": kind.promise, "model": model_fingerprint(args.model) if kind.is_local else args.model}
+    if tokenizer is not None:
+        plan |= {"tokenizer": tokenizer.fingerprint, "template": tokenizer.template_fingerprint}
+    return plan
+
+
+def shard_of(text: str | None) -> tuple[int, int] | None:
+    """(i, n) of "i/n", or of this process's place among its fellows for "auto" (0/1 where it has none); None for None."""
+    if text is None:
+        return None
+    if text == "auto":
+        places = ((os.environ[own], os.environ[all_]) for own, all_ in _PLACES if own in os.environ and all_ in os.environ)
+        text = "/".join(next(places, ("0", "1")))
+    try:
+        index, count = map(int, text.split("/"))
+    except ValueError:
+        raise ValueError(f"--shard must be i/n or auto, got {text!r}") from None
+    if not 0 <= index < count:
+        raise ValueError(f"--shard i/n needs 0 <= i < n, got {text}")
+    return index, count
 
 
 def _read_input(path: str) -> list[Record]:
@@ -185,12 +137,14 @@ def _read_input(path: str) -> list[Record]:
     return records
 
 
-def make_block(records: Sequence[Record], tokenizer: ChatTokenizer, engine: Engine, n: int, max_prompt_length: int) -> Iterator[Record]:
+def make_block(
+    records: Sequence[Record], tokenizer: ChatTokenizer | None, engine: Engine, n: int, max_prompt_length: int
+) -> Iterator[Record]:
     """The records of one block with "candidates"; a record whose prompt is too long passes without them."""
-    prompts = [tokenizer.prompt_ids(record["prompt"]) for record in records]
+    prompts = [tokenizer.prompt_ids(record["prompt"]) if tokenizer else [] for record in records]
     fits = [len(prompt) <= max_prompt_length for prompt in prompts]
     requests = [
-        Request(prompt, f"{record['id']}/{sample}")
+        Request(record["prompt"], prompt, f"{record['id']}/{sample}")
         for record, prompt, fit in zip(records, prompts, fits, strict=True)
         if fit
         for sample in range(n)
@@ -202,44 +156,74 @@ def make_block(records: Sequence[Record], tokenizer: ChatTokenizer, engine: Engi
 
 
 def _check(args: argparse.Namespace) -> None:
-    for name in ("n", "max_new_tokens", "max_prompt_length"):
+    for name in ("n", "max_new_tokens", "max_prompt_length", "concurrency", "engine_tensor_parallel"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     PerRowSampler([], args.seed, args.temperature, args.top_p)  # refuses a bad temperature or top-p before a model is loaded
+    check_engine(args)
+    if args.merge and args.shard:
+        raise ValueError("--merge: one process puts the shards together; give one of --shard and --merge")
+    if args.overwrite and args.shard:
+        raise ValueError("--overwrite: shards would remove each other's blocks; remove the output and its .blocks folder first")
     ours = any(Path(f"{args.output}{suffix}").exists() for suffix in (".plan.json", ".blocks/plan.json"))
     refuse_existing(args.output, args.overwrite or ours)
 
 
-def _run(args: argparse.Namespace) -> str:
-    _check(args)
-    records = _read_input(args.input)
-    tokenizer = ChatTokenizer(args.model, response_end=args.response_end)
-    blocks = Blocks(Path(f"{args.output}.blocks"), -(-len(records) // BLOCK))
-    plan, finished = _plan(args, tokenizer), Finished(Path(args.output))
-    if args.overwrite:
-        finished.path.unlink(missing_ok=True)
-        shutil.rmtree(blocks.folder, ignore_errors=True)
-    elif finished.holds(plan):
-        shutil.rmtree(blocks.folder, ignore_errors=True)  # an interruption may have left it
-        return f"finished before with the same plan, kept -> {args.output}"
-    blocks.open(plan)
-    missing = blocks.missing()
-    engine = ENGINES[args.engine](args, tokenizer) if missing else None
-    found = blocks.count - len(missing)
-    for index in progress(missing, what="candidates", unit="block", total=blocks.count, initial=found):
+def _load_tokenizer(args: argparse.Namespace) -> ChatTokenizer | None:
+    """A local model's own, or --tokenizer; none is needed for a server, which has its own template and limit."""
+    folder = args.tokenizer or (args.model if ENGINES[args.engine].is_local else None)
+    return ChatTokenizer(folder, response_end=args.response_end) if folder else None
+
+
+def _make_blocks(args: argparse.Namespace, blocks: Blocks, records: Sequence[Record], tokenizer: ChatTokenizer | None) -> tuple[int, int]:
+    """Make what is missing of this process's blocks; returns how many were found and made."""
+    index, count = shard_of(args.shard) or (0, 1)
+    own = range(index, blocks.count, count)
+    missing = [number for number in blocks.missing() if number in own]
+    engine = ENGINES[args.engine].load(args, tokenizer) if missing else None
+    found = len(own) - len(missing)
+    for number in progress(missing, what="candidates", unit="block", total=len(own), initial=found):
         assert engine is not None
-        with jsonl_writer(blocks.path(index)) as write:
-            part = records[index * BLOCK : (index + 1) * BLOCK]
+        with jsonl_writer(blocks.path(number)) as write:
+            part = records[number * BLOCK : (number + 1) * BLOCK]
             for record in make_block(part, tokenizer, engine, args.n, args.max_prompt_length):
                 write(record)
+    return found, len(missing)
+
+
+def _merge(args: argparse.Namespace, blocks: Blocks, finished: Finished, plan: dict[str, Any]) -> str:
+    """Put the output together; ValueError if a block is missing."""
+    if missing := blocks.missing():
+        named = ", ".join(blocks.path(number).name for number in missing[:5])
+        raise ValueError(f"{blocks.folder}: {len(missing)} of {blocks.count} blocks are missing ({named}): a shard has not finished")
     tally = Tally()
     cut = blocks.merge(args.output, tally, args.max_drop_fraction)
     summary = close_stage(tally, args.output)
     finished.record(plan)
     shutil.rmtree(blocks.folder)
-    share = cut / max(1, tally.kept * args.n)
-    samples = f"  samples   {tally.kept * args.n}, {share:.1%} cut at the limit"
-    return f"{summary}\n{samples}\n  blocks    {found} found, {len(missing)} made"
+    return f"{summary}\n  samples   {tally.kept * args.n}, {cut / max(1, tally.kept * args.n):.1%} cut at the limit"
+
+
+def _run(args: argparse.Namespace) -> str:
+    _check(args)
+    shard_of(args.shard)
+    records = _read_input(args.input)
+    tokenizer = _load_tokenizer(args)
+    blocks = Blocks(Path(f"{args.output}.blocks"), -(-len(records) // BLOCK))
+    plan, finished = _plan(args, tokenizer), Finished([Path(args.output)])
+    if args.overwrite:
+        finished.forget()
+        shutil.rmtree(blocks.folder, ignore_errors=True)
+    elif finished.holds(plan):
+        if not args.shard:
+            shutil.rmtree(blocks.folder, ignore_errors=True)  # an interruption may have left it
+        return f"finished before with the same plan, kept -> {args.output}"
+    blocks.open(plan)
+    found, made = (0, 0) if args.merge else _make_blocks(args, blocks, records, tokenizer)
+    if args.shard:
+        return f"shard {args.shard}: {found} blocks found, {made} made -> {blocks.folder} (--merge puts the output together)"
+    summary = _merge(args, blocks, finished, plan)
+    return summary if args.merge else f"{summary}\n  blocks    {found} found, {made} made"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -249,7 +233,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--input records.jsonl --output candidates.jsonl --model outputs/sft-hf -n 4 --max-new-tokens 512",
         output="records with candidates, one per line; finished blocks wait in PATH.blocks/ meanwhile",
     )  # fmt: skip
-    parser.add_argument("--model", required=True, metavar="DIR", help="local Hugging Face checkpoint with tokenizer: the policy to sample")
+    parser.add_argument(
+        "--model", required=True, metavar="DIR", help="local Hugging Face checkpoint with tokenizer; openai: the model's name on the server"
+    )
     parser.add_argument("--engine", choices=list(ENGINES), default="transformers", help="what generates (default %(default)s)")
     parser.add_argument("-n", "--n", type=int, default=1, metavar="N", help="samples per prompt (default %(default)s)")
     parser.add_argument("--temperature", type=float, default=1.0, help="default %(default)s, as in the paper")
@@ -259,9 +245,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--max-prompt-length", type=int, default=4096, metavar="TOKENS", help="longer prompts are dropped (default %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=1, help="of the noise (default %(default)s)")
-    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default %(default)s")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="the model computes in (default %(default)s)")
     parser.add_argument("--response-end", default="<|im_end|>", metavar="TOKEN", help="token that ends a response (default %(default)s)")
+    parser.add_argument("--shard", metavar="i/n", help="make every n-th block, from i (0 to n-1); auto: as SLURM or torchrun number us")
+    parser.add_argument("--merge", action="store_true", help="only put finished shards together")
+    local = parser.add_argument_group("engines transformers and vllm")
+    local.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default %(default)s")
+    local.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="the model computes in (default %(default)s)")
+    local.add_argument("--engine-tensor-parallel", type=int, default=1, metavar="N", help="vllm: GPUs of one model (default %(default)s)")
+    server = parser.add_argument_group("engine openai: any server of chat completions; its key, if it wants one, in $OPENAI_API_KEY")
+    server.add_argument("--base-url", nargs="+", metavar="URL", help="of equal servers, for example http://localhost:8000/v1")
+    server.add_argument("--tokenizer", metavar="DIR", help="to leave out long prompts (default: the server refuses them)")
+    server.add_argument("--concurrency", type=int, default=64, metavar="N", help="requests at a time (default %(default)s)")
+    server.add_argument("--retries", type=int, default=8, metavar="N", help="of one request, with growing waits (default %(default)s)")
+    server.add_argument("--request-timeout", type=float, default=600.0, metavar="S", help="of one answer (default %(default)s)")
     return run_stage(parser, _run, argv)
 
 

@@ -23,6 +23,7 @@ from megatron_patch.data.atomic_files import atomic_path, write_json
 
 Record = dict[str, Any]
 Message = dict[str, str]
+PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: please start again
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -150,18 +151,29 @@ class StageParser(argparse.ArgumentParser):
         raise ValueError(f"{message} (see --help)")
 
 
+class _Preempted(SystemExit):
+    """SIGTERM: SLURM's preemption, a cancelled job, a user's kill."""
+
+
+def _preempt(*_: Any) -> NoReturn:
+    raise _Preempted(PREEMPTED)
+
+
 def run_stage(parser: StageParser, run: Callable[[argparse.Namespace], str], argv: Sequence[str] | None) -> int:
     """Parse, run, print the stage's closing lines (what `run` returns); 0, or 2 after a one-line error on stderr for a user's mistake.
 
-    SIGTERM ends the stage through an exception, so that its temporary files are removed.
+    SIGTERM ends the stage through an exception, so that its temporary files are removed, and the process with exit code 75.
     """
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    before = signal.signal(signal.SIGTERM, _preempt)
     started = time.monotonic()
     try:
         summary, *table = run(parser.parse_args(argv)).split("\n")
     except (ValueError, OSError) as error:
         print(f"[error] {parser.stage}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except _Preempted:
+        print(f"[preempted] {parser.stage}: the same command goes on", file=sys.stderr)
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
     print("\n".join([f"{parser.stage}: {summary} ({time.monotonic() - started:.1f} s)", *table]))

@@ -2,9 +2,11 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
-from toolkit_helpers import files, read_jsonl, record, write_jsonl
+from toolkit_helpers import ROOT, files, read_jsonl, record, write_jsonl
 
 from megatron_patch.evaluation.generate import generate
 from toolkits.lpo_data_preprocessing import candidates
@@ -74,7 +76,7 @@ def test_a_block_made_alone_is_the_same(tiny_qwen, whole):
     args = candidates.argparse.Namespace(
         model=str(tiny_qwen), device="cpu", dtype="float32", seed=1, temperature=1.0, top_p=1.0, max_new_tokens=6
     )
-    engine = candidates.transformers_engine(args, chat)
+    engine = candidates.ENGINES["transformers"].load(args, chat)
     assert list(candidates.make_block(RECORDS[4:8], chat, engine, 3, 4096)) == read_jsonl(whole / "out.jsonl")[4:8]
 
 
@@ -115,6 +117,61 @@ def test_blocks_of_another_plan_are_refused(tiny_qwen, tmp_path, fails, monkeypa
     write_jsonl(tmp_path / "in.jsonl", RECORDS[:-1])
     assert "another input" in fails(candidates.main, *command(tmp_path, tiny_qwen))
     assert candidates.main(command(tmp_path, tiny_qwen, "--overwrite")) == 0
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_shards_make_the_same_bytes(tiny_qwen, whole, tmp_path, capsys, fails, order):
+    """Each makes its own blocks in the one folder; only --merge makes the output, once none is missing."""
+    first, second = order
+    assert candidates.main(command(tmp_path, tiny_qwen, "--shard", f"{first}/2")) == 0
+    assert files(tmp_path / "out.jsonl.blocks") == [f"{i:06d}.jsonl" for i in range(3) if i % 2 == first] + ["plan.json"]
+    missing = 1 + (second == 0)
+    assert f"out.jsonl.blocks: {missing} of 3 blocks are missing (00000{second}.jsonl" in fails(
+        candidates.main, *command(tmp_path, tiny_qwen, "--merge")
+    )
+    assert candidates.main(command(tmp_path, tiny_qwen, "--shard", f"{second}/2")) == 0
+    assert f"shard {second}/2: 0 blocks found, {missing} made" in capsys.readouterr().out and not (tmp_path / "out.jsonl").exists()
+    assert candidates.main(command(tmp_path, tiny_qwen, "--merge")) == 0
+    assert (tmp_path / "out.jsonl").read_bytes() == (whole / "out.jsonl").read_bytes()
+    assert files(tmp_path) == ["in.jsonl", *FINISHED]
+    assert candidates.main(command(tmp_path, tiny_qwen, "--shard", "1/2")) == 0 and "kept" in capsys.readouterr().out
+
+
+def test_a_job_goes_on_with_another_number_of_shards(tiny_qwen, whole, tmp_path, capsys):
+    assert candidates.main(command(tmp_path, tiny_qwen, "--shard", "1/3")) == 0
+    assert candidates.main(command(tmp_path, tiny_qwen)) == 0
+    assert "1 found, 2 made" in capsys.readouterr().out
+    assert (tmp_path / "out.jsonl").read_bytes() == (whole / "out.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("text", "environment", "place"),
+    [
+        (None, {"SLURM_PROCID": "1", "SLURM_NTASKS": "4"}, None),  # a batch script has them too
+        ("2/3", {"SLURM_PROCID": "1", "SLURM_NTASKS": "4"}, (2, 3)),
+        ("auto", {"SLURM_PROCID": "1", "SLURM_NTASKS": "4"}, (1, 4)),
+        ("auto", {"RANK": "3", "WORLD_SIZE": "8"}, (3, 8)),
+        ("auto", {}, (0, 1)),
+    ],
+)
+def test_a_process_s_place(monkeypatch, text, environment, place):
+    for name in ("SLURM_PROCID", "SLURM_NTASKS", "RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert candidates.shard_of(text) == place
+
+
+def test_nothing_of_megatron_is_imported(tiny_qwen, tmp_path):
+    """The stage runs under an engine's own Python, which need not have it."""
+    write_jsonl(tmp_path / "in.jsonl", RECORDS[:1])
+    code = (
+        "import sys; from toolkits.lpo_data_preprocessing import candidates\n"
+        f"assert candidates.main({command(tmp_path, tiny_qwen)!r}) == 0\n"
+        "assert 'transformers' in sys.modules and not {'megatron', 'torch.distributed.run'} & set(sys.modules), 'megatron came along'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def refuse_to_sample(*_):
@@ -181,6 +238,12 @@ def test_long_prompts_are_dropped_and_counted(tiny_qwen, tmp_path, capsys):
         (RECORDS, ("--top-p", 1.5), "top_p must lie in (0, 1], got 1.5"),
         (RECORDS, ("--model", "/nowhere"), "/nowhere: no such folder"),
         (RECORDS, ("--engine", "magic"), "invalid choice"),
+        (RECORDS, ("--engine", "vllm"), "this Python has no vLLM"),
+        (RECORDS, ("--engine", "openai"), "--engine openai needs --base-url"),
+        (RECORDS, ("--shard", "2/2"), "--shard i/n needs 0 <= i < n, got 2/2"),
+        (RECORDS, ("--shard", "half"), "--shard must be i/n or auto, got 'half'"),
+        (RECORDS, ("--shard", "0/2", "--merge"), "give one of --shard and --merge"),
+        (RECORDS, ("--shard", "0/2", "--overwrite"), "--overwrite: shards would remove each other's blocks"),
     ],
 )
 def test_bad_input(tiny_qwen, tmp_path, fails, records, more, message):

@@ -119,7 +119,7 @@ run_stage(StageParser("demo", "d", "", output="o"), body, ["--input", "i", "--ou
     assert process.stdout and process.stdout.readline() == b"ready\n"
     started = time.monotonic()
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=20) == 143 and time.monotonic() - started < 10
+    assert process.wait(timeout=20) == 75 and time.monotonic() - started < 10
     assert files(tmp_path) == []
 
 
