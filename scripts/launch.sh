@@ -1,10 +1,28 @@
 # shellcheck shell=bash
 # The mechanics every job shares; sourced by the run scripts, which hold the choices. Needs $ROOT, the repository.
 #   launch NAME OUTPUT ENTRY FLAGS...   check the flags in one process, then run ENTRY on every device, under SLURM or without
-# Environment: DEVICE (auto, cuda or cpu: the one switch between GPUs and CPU), NPROC_PER_NODE (default: the GPUs of a node that
+#   spread PER_NODE COMMAND...          COMMAND PER_NODE times on every node, numbered by SLURM_PROCID or RANK
+#   supervise COMMAND...                COMMAND, with SIGTERM to this shell passed on to it
+# Environment: CONFIG (a file with more of these), DEVICE (auto, cuda or cpu: the one switch between GPUs and CPU), NPROC_PER_NODE (default: the GPUs of a node that
 # CUDA_VISIBLE_DEVICES leaves, else 1), MASTER_PORT, PRECISION (bf16 on GPUs, fp32 on the CPU).
 # The terminal shows lines that start with "[" (one a stage, a step or an error); everything goes to OUTPUT/logs/NAME.log.
+# SLURM does not hand --cpus-per-task on to srun; this file does.
 # Exit code: 0 finished, 2 a user's error, 75 preempted (please requeue), 1 anything else.
+
+# CONFIG, a file of NAME=VALUE lines (# opens a comment): choices that the environment does not make.
+read_config() {
+  local line number=0
+  while IFS= read -r line || [ -n "$line" ]; do
+    number=$((number + 1))
+    [[ $line =~ ^[[:space:]]*(#.*)?$ ]] && continue
+    [[ $line =~ ^([A-Z][A-Z0-9_]*)=(.*)$ ]] || { echo "[error] $1:$number: not NAME=VALUE: $line" >&2; return 2; }
+    [ -n "${!BASH_REMATCH[1]+set}" ] || export "${BASH_REMATCH[1]}=${BASH_REMATCH[2]}"
+  done <"$1"
+}
+if [ -n "${CONFIG:-}" ]; then
+  [ -f "$CONFIG" ] || { echo "[error] CONFIG: no file $CONFIG" >&2; exit 2; }
+  read_config "$CONFIG" || exit 2
+fi
 
 PYTHON=${PYTHON:-$ROOT/.venv/bin/python}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
@@ -33,6 +51,7 @@ case $DEVICE in
   *) echo "[error] DEVICE: '$DEVICE' is none of auto, cuda, cpu" >&2; exit 2 ;;
 esac
 NNODES=${SLURM_NNODES:-1}
+[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 NPROC_PER_NODE=${NPROC_PER_NODE:-$((GPUS > 0 ? GPUS : 1))}
 PRECISION=${PRECISION:-$([ "$GPUS" -gt 0 ] && echo bf16 || echo fp32)}
 
@@ -51,16 +70,65 @@ check() {
   return "$code"
 }
 
+# Where the first node listens: its address in SLURM's configuration, since its name need not be a host's.
+head_address() {
+  local head; head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  scontrol show node "$head" --oneliner | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p' | grep . || echo "$head"
+}
+
 run_torch() {
   local rendezvous=(--standalone)
   if [ "$NNODES" -gt 1 ]; then
-    local head; head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     rendezvous=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID"
-      --rdzv-endpoint "$head:${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}")
+      --rdzv-endpoint "$(head_address):${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}")
     srun --ntasks="$NNODES" --ntasks-per-node=1 "$PYTHON" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$NPROC_PER_NODE" "$@"
   else
     "$PYTHON" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$NPROC_PER_NODE" "$@"
   fi
+}
+
+# How `spread` runs its command from here on: in the image IMAGE (none: as it is), by pyxis where srun has it, else by apptainer, with the
+# folders CONTAINER_MOUNTS (default: the repository and this folder) at their own places.
+SRUN_FLAGS=() PREFIX=()
+in_image() {
+  local mounts=${CONTAINER_MOUNTS:-$ROOT:$ROOT,$PWD:$PWD}
+  SRUN_FLAGS=() PREFIX=()
+  [ -n "$1" ] || return 0
+  if [ -n "${SLURM_JOB_ID:-}" ] && srun --help 2>&1 | grep -q -e --container-image; then
+    SRUN_FLAGS=("--container-image=$1" "--container-mounts=$mounts")
+  elif command -v apptainer >/dev/null; then
+    PREFIX=(apptainer exec --nv --bind "$mounts" "$1")
+  else
+    echo "[error] an image ($1) needs pyxis or apptainer, and neither is here" >&2
+    return 2
+  fi
+}
+
+spread() {
+  local per_node=$1 number code=0 jobs=(); shift
+  if [ -n "${SLURM_JOB_ID:-}" ]; then
+    supervise srun --ntasks=$((NNODES * per_node)) --ntasks-per-node="$per_node" "${SRUN_FLAGS[@]}" "${PREFIX[@]}" "$@"
+    return
+  fi
+  for ((number = 0; number < per_node; number++)); do
+    RANK=$number LOCAL_RANK=$number WORLD_SIZE=$per_node "${PREFIX[@]}" "$@" &
+    jobs+=($!)
+  done
+  for number in "${jobs[@]}"; do wait_for "$number" "${jobs[@]}" || code=$?; done
+  return "$code"
+}
+
+supervise() { "$@" & wait_for $!; }
+
+# The exit code of a job of this shell. Meanwhile SIGTERM (a user's kill, a preemption) goes on to it and its fellows, and USR1 (SLURM's
+# warning before the time limit) to what they started.
+wait_for() {
+  local job=$1 code=0; shift
+  trap 'terminated=1; pass_on TERM "${@:-$job}" $(descendants "$job")' TERM
+  trap 'pass_on USR1 $(descendants "$job")' USR1
+  while wait "$job" || code=$?; kill -0 "$job" 2>/dev/null; do code=0; done # a trapped signal ends wait early
+  trap - TERM USR1
+  return "$code"
 }
 
 descendants() { local child; for child in $(pgrep -P "$1"); do echo "$child"; descendants "$child"; done; }
@@ -74,15 +142,13 @@ launch() {
   [ "$PRECISION" = fp32 ] || flags+=("--$PRECISION")
   mkdir -p "$output/logs"
   check "$log" "${run[@]}" "${flags[@]}" || return $?
-  # USR1 (SLURM's warning before the time limit, sent to this shell) goes on to the workers, which torchrun starts in sessions of
-  # their own; Megatron saves at the next step. torchrun and srun must not die of it: they inherit "ignore". A pipeline, not >(...):
-  # when it has ended the log is complete.
-  (trap '' USR1; set -o pipefail; run_torch "${run[@]}" "${flags[@]}" 2>&1 | tee "$log" | show) &
-  local job=$!
-  trap 'pass_on USR1 $(descendants "$job")' USR1
-  while wait "$job" || code=$?; kill -0 "$job" 2>/dev/null; do code=0; done # a trapped signal ends wait early
-  trap - USR1
+  # USR1 reaches the workers, which torchrun starts in sessions of their own: Megatron saves at the next step. torchrun and srun must
+  # not die of it: they inherit "ignore". A pipeline, not >(...): when it has ended the log is complete.
+  (trap '' USR1; set -o pipefail; run_torch "${run[@]}" "${flags[@]}" 2>&1 | (trap '' TERM; tee "$log" | show)) &
+  terminated=0
+  wait_for $! || code=$?
   if [ "$code" != 0 ]; then
+    [ "$terminated" = 0 ] || return 75
     grep -q '^\[error\]' "$log" && return 2
     explain "$log"
     return 1

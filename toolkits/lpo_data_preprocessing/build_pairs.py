@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_patch.data.atomic_files import sha256_file
 from megatron_patch.data.pair_store import PairStoreWriter
+from toolkits.lpo_data_preprocessing.finished import Ingredients, make_once
 from toolkits.lpo_data_preprocessing.records import (
     Message,
     Record,
@@ -138,10 +139,17 @@ def _fill(builder: Builder, args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace) -> str:
     if args.max_length < 2:
         raise ValueError(f"--max-length must be at least 2 tokens, got {args.max_length}")
-    writer = PairStoreWriter(args.output, args.kind, overwrite=args.overwrite)
+    if not Path(args.input).is_file():
+        raise ValueError(f"{args.input}: no such file")
     tokenizer = ChatTokenizer(args.tokenizer, response_end=args.response_end)
+    fingerprints = {"tokenizer": tokenizer.fingerprint, "template": tokenizer.template_fingerprint}
+    ingredients = Ingredients([Path(args.input)], [Path(f"{args.output}.json")], fingerprints)
+    return make_once(args, ingredients, lambda: _build(args, tokenizer))
+
+
+def _build(args: argparse.Namespace, tokenizer: ChatTokenizer) -> str:
     tally = Tally(unit="pairs" if args.kind == "pairs" else "samples")
-    with writer:
+    with PairStoreWriter(args.output, args.kind, overwrite=True) as writer:
         builder = Builder(tokenizer, writer, tally, args)
         records = _fill(builder, args)
         tally.check(args.max_drop_fraction)

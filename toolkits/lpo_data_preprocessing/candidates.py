@@ -156,12 +156,14 @@ def make_block(
 
 
 def _check(args: argparse.Namespace) -> None:
+    """ValueError for a bad choice, before anything is written."""
     for name in ("n", "max_new_tokens", "max_prompt_length", "concurrency", "engine_tensor_parallel"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     PerRowSampler([], args.seed, args.temperature, args.top_p)  # refuses a bad temperature or top-p before a model is loaded
-    check_engine(args)
-    if args.merge and args.shard:
+    if not args.merge:
+        check_engine(args)
+    elif args.shard:
         raise ValueError("--merge: one process puts the shards together; give one of --shard and --merge")
     if args.overwrite and args.shard:
         raise ValueError("--overwrite: shards would remove each other's blocks; remove the output and its .blocks folder first")
@@ -210,11 +212,11 @@ def _run(args: argparse.Namespace) -> str:
     records = _read_input(args.input)
     tokenizer = _load_tokenizer(args)
     blocks = Blocks(Path(f"{args.output}.blocks"), -(-len(records) // BLOCK))
-    plan, finished = _plan(args, tokenizer), Finished([Path(args.output)])
+    plan, finished = _plan(args, tokenizer), Finished(args.output, [Path(args.output)])
     if args.overwrite:
-        finished.forget()
+        finished.path.unlink(missing_ok=True)
         shutil.rmtree(blocks.folder, ignore_errors=True)
-    elif finished.holds(plan):
+    elif finished.holds(plan, update=args.update):
         if not args.shard:
             shutil.rmtree(blocks.folder, ignore_errors=True)  # an interruption may have left it
         return f"finished before with the same plan, kept -> {args.output}"

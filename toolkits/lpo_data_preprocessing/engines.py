@@ -59,6 +59,7 @@ def check_engine(args: argparse.Namespace) -> None:
 
 def transformers_engine(args: argparse.Namespace, tokenizer: ChatTokenizer | None) -> Engine:
     """Sample with a transformers model loaded from `args.model` on `args.device`, a block as one batch."""
+    choose_gpus(1)
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -84,6 +85,7 @@ def transformers_engine(args: argparse.Namespace, tokenizer: ChatTokenizer | Non
 def vllm_engine(args: argparse.Namespace, tokenizer: ChatTokenizer | None) -> Engine:
     """Sample with vLLM on `args.engine_tensor_parallel` GPUs. Written against vLLM's documented interface; never run here (no GPU)."""
     assert tokenizer is not None
+    choose_gpus(args.engine_tensor_parallel)
     from vllm import LLM, SamplingParams
 
     llm = LLM(model=args.model, dtype=args.dtype, tensor_parallel_size=args.engine_tensor_parallel, trust_remote_code=False)
@@ -107,6 +109,20 @@ def _from_vllm(output: Any, tokenizer: ChatTokenizer) -> Answer:
     if ids and ids[-1] in tokenizer.stop_ids:
         ids.pop()
     return {"text": tokenizer.decode(ids), "finish_reason": output.finish_reason}
+
+
+def choose_gpus(each: int) -> None:
+    """Leave this process its `each` of the node's GPUs, by its place on the node; before anything asks CUDA for devices.
+
+    A process that was not started beside others (SLURM_LOCALID and LOCAL_RANK are unset) keeps what it sees.
+    """
+    place = os.environ.get("SLURM_LOCALID", os.environ.get("LOCAL_RANK"))
+    if place is None:
+        return
+    first = int(place) * each
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    own = visible.split(",")[first : first + each] if visible else [str(first + number) for number in range(each)]
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(own)
 
 
 def seed_of(seed: int, key: str) -> int:

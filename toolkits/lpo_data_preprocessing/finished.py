@@ -1,11 +1,13 @@
-"""What a finished output was made of: asked for again it is kept, asked for with anything else it is not taken for the same.
+"""What an output was made of: asked for again it is kept, asked for with anything else it is not taken for the same.
 
-A stage that is done writes ``<output>.plan.json``: its plan (inputs by sha256, options, fingerprints: everything that decides the bytes)
-and the sha256 of what it made. It is the last file a stage writes, so an output without one, or with another plan, is none.
+Beside its output a stage keeps ``<output>.plan.json``: the plan (inputs by sha256, options, fingerprints: everything that decides the
+bytes), written before the output, and once that is there its sha256. So an output without that file is somebody else's, one without the
+sha256 was interrupted and is made again, and one with it is finished.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,42 @@ from megatron_patch.data.atomic_files import read_json, sha256_file, write_json
 
 Plan = Mapping[str, Any]
 OTHERWISE = "use another OUTPUT (--output) or --overwrite"
+# Flags that say where things are or what to do about an output that is there; all others decide what is in it.
+PLACES = ("input", "output", "valid_output", "tokenizer", "overwrite", "update")
+
+
+@dataclass(frozen=True)
+class Ingredients:
+    """What a stage reads and writes, beside its flags."""
+
+    inputs: Sequence[Path]
+    outputs: Sequence[Path]
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+    """Of what a flag only points to: a tokenizer, say."""
+
+    def plan(self, args: argparse.Namespace) -> Plan:
+        """Everything that decides the bytes of the outputs."""
+        options = {name: value for name, value in vars(args).items() if name not in PLACES}
+        return {**options, **self.fingerprints, "input": [sha256_file(path) for path in self.inputs]}
+
+
+def make_once(args: argparse.Namespace, ingredients: Ingredients, make: Callable[[], str]) -> str:
+    """The summary of `make`, or of an output that is there and need not be made.
+
+    ValueError if the output is another's, or was made of something else and neither --update nor --overwrite was given.
+    """
+    finished, plan = Finished(args.output, ingredients.outputs), ingredients.plan(args)
+    if not args.overwrite:
+        if finished.holds(plan, update=args.update):
+            return f"finished before with the same plan, kept -> {args.output}"
+        finished.refuse_strangers()
+    finished.begin(plan)
+    try:
+        summary = make()
+    finally:
+        finished.clear_if_nothing_was_made()
+    finished.record(plan)
+    return summary
 
 
 def compare_plans(plan: Plan, recorded: Plan, what: str) -> None:
@@ -25,35 +63,52 @@ def compare_plans(plan: Plan, recorded: Plan, what: str) -> None:
 
 @dataclass(frozen=True)
 class Finished:
-    """The files a stage makes; the plan lies beside the first."""
+    """What a stage makes."""
 
-    outputs: Sequence[Path]
+    output: str | Path
+    """The stage's --output, which may be a prefix."""
+    files: Sequence[Path]
+    """Whose contents are looked at; of a store the manifest, which holds sizes and sha256 of the others."""
 
     @property
     def path(self) -> Path:
         """The plan's file."""
-        return Path(f"{self.outputs[0]}.plan.json")
+        return Path(f"{self.output}.plan.json")
 
-    def forget(self) -> None:
-        """From here until `record` the output counts as unfinished."""
-        self.path.unlink(missing_ok=True)
+    def begin(self, plan: Plan) -> None:
+        """Say whose the output will be. What is there already keeps its plan: it stays finished until it is replaced."""
+        if not self.path.exists():
+            write_json(self.path, {"plan": dict(plan), "outputs": None})
 
     def record(self, plan: Plan) -> None:
         """Say that the output is finished."""
         write_json(self.path, {"plan": dict(plan), "outputs": self._contents()})
+
+    def clear_if_nothing_was_made(self) -> None:
+        """A stage that fails leaves nothing behind."""
+        if not any(path.exists() for path in self.files):
+            self.path.unlink(missing_ok=True)
+
+    def refuse_strangers(self) -> None:
+        """ValueError if there is an output that no stage has left here."""
+        found = [path for path in self.files if path.exists()]
+        if found and not self.path.exists():
+            raise ValueError(f"{found[0]}: exists already, give another --output or --overwrite")
 
     def holds(self, plan: Plan, *, update: bool = False) -> bool:
         """Whether the output is there, finished and made with this plan.
 
         ValueError for another plan or changed contents, unless `update`: then it is as good as not there.
         """
-        if not self.path.exists() or not all(path.exists() for path in self.outputs):
+        if not self.path.exists() or not all(path.exists() for path in self.files):
             return False
-        recorded = read_json(self.path, "the plan of the finished output")
+        recorded = read_json(self.path, "the plan of the output")
+        if recorded["outputs"] is None:
+            return False
         try:
-            compare_plans(plan, recorded["plan"], f"{self.outputs[0]}: was")
+            compare_plans(plan, recorded["plan"], f"{self.output}: was")
             if recorded["outputs"] != self._contents():
-                raise ValueError(f"{self.outputs[0]}: was changed since it was made; {OTHERWISE}")
+                raise ValueError(f"{self.output}: was changed since it was made; {OTHERWISE}")
         except ValueError:
             if not update:
                 raise
@@ -61,4 +116,4 @@ class Finished:
         return True
 
     def _contents(self) -> dict[str, str]:
-        return {path.name: sha256_file(path) for path in self.outputs}
+        return {path.name: sha256_file(path) for path in self.files}

@@ -142,6 +142,7 @@ class StageParser(argparse.ArgumentParser):
         self.add_argument("--input", required=True, metavar="JSONL", help="records to read")
         self.add_argument("--output", required=True, metavar="PATH", help=output)
         self.add_argument("--overwrite", action="store_true", help="replace an existing output")
+        self.add_argument("--update", action="store_true", help="replace an existing output unless it is of the same input and options")
         self.add_argument(
             "--max-drop-fraction", type=float, default=max_drop_fraction, metavar="F",
             help="more than this fraction (0 to 1) of the input dropped is an error (default %(default)s)",

@@ -137,10 +137,11 @@ def test_bad_input(tiny_qwen, tmp_path, fails, records, more, message):
     assert files(tmp_path) == ["in.jsonl"]
 
 
-def test_existing_store_and_interruption(tiny_qwen, tmp_path, fails, monkeypatch):
+def test_existing_store_and_interruption(tiny_qwen, tmp_path, fails, monkeypatch, capsys):
     build(tmp_path, tiny_qwen, [GOOD])
     before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
-    assert "s.json: store exists already" in fails(main, *command(tmp_path, tiny_qwen))
+    assert main(command(tmp_path, tiny_qwen)) == 0 and "finished before with the same plan, kept" in capsys.readouterr().out
+    assert "made with another max_length (max_length was 4096, is 64)" in fails(main, *command(tmp_path, tiny_qwen, "--max-length", 64))
 
     def stop(*_):
         raise KeyboardInterrupt

@@ -251,6 +251,26 @@ def test_a_real_server_behind_a_proxy_that_fails(transformers_serve: str, tiny_q
     assert len(proxy.bodies) == 20 + 11 and set(proxy.answered.values()) == {1}
 
 
+@pytest.mark.parametrize(
+    ("environment", "each", "left"),
+    [
+        ({}, 1, None),
+        ({"CUDA_VISIBLE_DEVICES": "2,3"}, 1, "2,3"),
+        ({"SLURM_LOCALID": "1"}, 1, "1"),
+        ({"SLURM_LOCALID": "1"}, 4, "4,5,6,7"),
+        ({"LOCAL_RANK": "1", "CUDA_VISIBLE_DEVICES": "4,5,6,7"}, 2, "6,7"),
+        ({"LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b"}, 1, "GPU-a"),
+    ],
+)
+def test_a_process_s_own_gpus(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], each: int, left: str | None) -> None:
+    for name in ("SLURM_LOCALID", "LOCAL_RANK", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    engines.choose_gpus(each)
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == left
+
+
 def test_vllm_s_answers(tiny_qwen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stub that records what it is asked, in place of the package: the end token goes, a cut answer stays as it is."""
     from toolkits.lpo_data_preprocessing.tokenise import ChatTokenizer

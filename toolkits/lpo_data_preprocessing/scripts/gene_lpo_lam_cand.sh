@@ -1,16 +1,19 @@
 #!/usr/bin/env bash
 # Preference pairs with reference log-probs, from prompts and answers: normalise -> candidates -> select -> build_pairs -> reference_logps.
-#   sbatch toolkits/lpo_data_preprocessing/scripts/gene_lpo_lam_cand.sh
+#   sbatch -N 4 toolkits/lpo_data_preprocessing/scripts/gene_lpo_lam_cand.sh
 #   INPUT=problems.jsonl HF_PATH=outputs/sft/hf OUTPUT=outputs/pairs bash toolkits/lpo_data_preprocessing/scripts/gene_lpo_lam_cand.sh
-# Choices by environment:
-#   INPUT  JSONL of prompts and answers        HF_PATH  the fine-tuned model: samples the candidates, is the reference
-#   OUTPUT folder of the stores                STAGES   which of the five stages run (default all)
+# Choices by environment, or in a file of NAME=VALUE lines that CONFIG names (the environment wins):
+#   INPUT  file, folder or glob of prompts and answers        HF_PATH  the fine-tuned model: samples the candidates, is the reference
+#   OUTPUT folder of the stores                               STAGES   which of the five stages run (default all)
 #   N, TEMPERATURE, TOP_P, MAX_NEW_TOKENS      sampling (paper, Algorithm 1: temperature 1, top-p 1)
+#   ENGINE transformers | vllm | openai, ENGINE_TP  GPUs of one vLLM, ENGINE_FLAGS  more for it (--base-url, --dtype...)
+#   CANDIDATES_PYTHON, CANDIDATES_CONTAINER    the engine's own Python, and an image (pyxis or apptainer) that has it
 #   MAX_LENGTH tokens of prompt + response     VALID_FRACTION of the prompts goes to the validation store
 #   SEED, TP, PP, DEVICE (auto, cuda, cpu); flags after the script's name go to the reference pass
-# Started again (a requeued job), it goes on: candidates and reference_logps take up what is finished, the other stages are quick and
-# make the same bytes again. Another model, input or sampling option needs another OUTPUT.
+# Account, partition, nodes and GPUs are flags of sbatch. Started again (a requeued job), it goes on: a stage is skipped if its output
+# is there and was made of the same input with the same options. Another model, input or sampling option needs another OUTPUT.
 #SBATCH --job-name=lpo-data
+#SBATCH --output=slurm-%x-%j.out
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
@@ -19,18 +22,24 @@
 #SBATCH --open-mode=append
 set -euo pipefail
 
-for ROOT in "$(dirname "${BASH_SOURCE[0]}")/../../.." "${SLURM_SUBMIT_DIR:-.}" "${SLURM_SUBMIT_DIR:-.}/.." "${SLURM_SUBMIT_DIR:-.}/../../.."; do
-  [ -f "$ROOT/scripts/launch.sh" ] && break
-done
+# SLURM runs a copy of this file from its spool; it knows where the file was submitted from.
+ROOT=$(dirname "${BASH_SOURCE[0]}")/../../..
+[ -f "$ROOT/scripts/launch.sh" ] ||
+  ROOT=$(dirname "$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(.*/gene_lpo_lam_cand\.sh\).*|\1|p')")/../../..
 ROOT=$(cd "$ROOT" && pwd)
 # shellcheck source-path=SCRIPTDIR source=../../../scripts/launch.sh
 source "$ROOT/scripts/launch.sh"
 
-: "${INPUT:?set INPUT to a JSONL file of prompts and answers}" "${HF_PATH:?set HF_PATH to the fine-tuned Hugging Face checkpoint}"
-OUTPUT=${OUTPUT:-$ROOT/outputs/pairs}
+: "${INPUT:?set INPUT to a file of prompts and answers}" "${HF_PATH:?set HF_PATH to the fine-tuned Hugging Face checkpoint}"
+OUTPUT=${OUTPUT:-$ROOT/outputs/pairs} ENGINE=${ENGINE:-transformers} ENGINE_TP=${ENGINE_TP:-1} N=${N:-1} SEED=${SEED:-1}
+TEMPERATURE=${TEMPERATURE:-1.0} TOP_P=${TOP_P:-1.0} MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-1024}
 STAGES=${STAGES:-normalise candidates select build_pairs reference_logps}
 TP=${TP:-1} PP=${PP:-1} MAX_LENGTH=${MAX_LENGTH:-4096} VALID_FRACTION=${VALID_FRACTION:-0}
 mkdir -p "$OUTPUT"
+shards=$((GPUS > 0 ? GPUS / ENGINE_TP : 1)) # a node
+echo "[plan] $STAGES: $INPUT -> $OUTPUT, model $HF_PATH, $NNODES node(s), $GPUS GPU(s) each"
+echo "[plan] candidates: $N a prompt, $ENGINE, temperature $TEMPERATURE, top-p $TOP_P, $MAX_NEW_TOKENS tokens, seed $SEED, $((NNODES * shards)) shard(s)"
+echo "[plan] stores: $MAX_LENGTH tokens, validation $VALID_FRACTION; reference: TP $TP, PP $PP, $NPROC_PER_NODE process(es) a node"
 
 splits=(train)
 split_flags=()
@@ -38,18 +47,28 @@ if [ "$VALID_FRACTION" != 0 ]; then
   splits+=(valid)
   split_flags=(--valid-fraction "$VALID_FRACTION" --valid-output "$OUTPUT/valid.jsonl")
 fi
-stage() { "$PYTHON" -m "toolkits.lpo_data_preprocessing.$1" "${@:2}"; }
+stage() { supervise "$PYTHON" -m "toolkits.lpo_data_preprocessing.$1" "${@:2}"; }
+
+candidates() {
+  local shard=() more=()
+  [ $((NNODES * shards)) = 1 ] || shard=(--shard auto)
+  read -ra more <<<"${ENGINE_FLAGS:-}"
+  local words=(-m toolkits.lpo_data_preprocessing.candidates --input "$OUTPUT/records.jsonl" --output "$OUTPUT/candidates.jsonl"
+    --model "$HF_PATH" --engine "$ENGINE" --engine-tensor-parallel "$ENGINE_TP" -n "$N" --temperature "$TEMPERATURE" --top-p "$TOP_P"
+    --max-new-tokens "$MAX_NEW_TOKENS" --seed "$SEED" --device "$DEVICE" "${more[@]}")
+  in_image "${CANDIDATES_CONTAINER:-}"
+  spread "$shards" "${CANDIDATES_PYTHON:-$PYTHON}" "${words[@]}" "${shard[@]}"
+  [ ${#shard[@]} = 0 ] || supervise "$PYTHON" "${words[@]}" --merge
+}
 
 for name in $STAGES; do
   case $name in
-    normalise) stage normalise --input "$INPUT" --output "$OUTPUT/records.jsonl" --overwrite ;;
-    candidates) stage candidates --input "$OUTPUT/records.jsonl" --output "$OUTPUT/candidates.jsonl" --model "$HF_PATH" -n "${N:-1}" \
-      --temperature "${TEMPERATURE:-1.0}" --top-p "${TOP_P:-1.0}" --max-new-tokens "${MAX_NEW_TOKENS:-1024}" \
-      --seed "${SEED:-1}" --device "$DEVICE" ;;
-    select) stage select --method lppc --input "$OUTPUT/candidates.jsonl" --output "$OUTPUT/train.jsonl" --seed "${SEED:-1}" \
-      "${split_flags[@]}" --overwrite ;;
+    normalise) stage normalise --input "$INPUT" --output "$OUTPUT/records.jsonl" --update ;;
+    candidates) candidates ;;
+    select) stage select --method lppc --input "$OUTPUT/candidates.jsonl" --output "$OUTPUT/train.jsonl" --seed "$SEED" \
+      "${split_flags[@]}" --update ;;
     build_pairs) for split in "${splits[@]}"; do
-      stage build_pairs --input "$OUTPUT/$split.jsonl" --output "$OUTPUT/$split" --tokenizer "$HF_PATH" --max-length "$MAX_LENGTH" --overwrite
+      stage build_pairs --input "$OUTPUT/$split.jsonl" --output "$OUTPUT/$split" --tokenizer "$HF_PATH" --max-length "$MAX_LENGTH" --update
     done ;;
     reference_logps)
       flags=(--hf-path "$HF_PATH" --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" --seq-length "$MAX_LENGTH")
