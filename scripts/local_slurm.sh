@@ -47,10 +47,14 @@ ReturnToService=2
 KillWait=10
 MinJobAge=300
 SlurmdParameters=config_overrides
-NodeName=n1 NodeHostname=$(hostname) NodeAddr=127.0.0.1 Port=$((PORT + 1)) CPUs=$cpus RealMemory=4000
-NodeName=n2 NodeHostname=$(hostname) NodeAddr=127.0.0.1 Port=$((PORT + 2)) CPUs=$cpus RealMemory=4000
+GresTypes=gpu
+NodeName=n1 NodeHostname=$(hostname) NodeAddr=127.0.0.1 Port=$((PORT + 1)) CPUs=$cpus RealMemory=4000 Gres=gpu:8
+NodeName=n2 NodeHostname=$(hostname) NodeAddr=127.0.0.1 Port=$((PORT + 2)) CPUs=$cpus RealMemory=4000 Gres=gpu:8
 PartitionName=local Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
 END
+  # Eight GPUs a node that are empty files: what a job asks for is granted, and the job then says DEVICE=cpu.
+  touch "$dir"/gpu{0..7}
+  printf 'NodeName=%s Name=gpu File=%s\n' n1 "$dir/gpu[0-7]" n2 "$dir/gpu[0-7]" >"$dir/gres.conf"
 }
 
 up() {
