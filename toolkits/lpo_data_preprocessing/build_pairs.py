@@ -5,7 +5,6 @@ prompt is cut from the left on request. A response is never cut: a cut response 
 """
 
 import argparse
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -61,7 +60,7 @@ def samples_of(record: Record, kind: str, where: str) -> Iterator[Sample]:
 
 def _number(value: Any, name: str, where: str) -> float:
     """A finite number; neither true nor "0.5" is one."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -sys.float_info.max <= value <= sys.float_info.max:
         raise ValueError(f"{where}: field {name!r} must hold finite numbers, got {value!r:.80}")
     return value
 

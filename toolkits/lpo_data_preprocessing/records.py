@@ -5,8 +5,10 @@ pass through it. A user's mistake is a ValueError that names file and line (or i
 """
 
 import argparse
+import codecs
 import hashlib
 import json
+import math
 import signal
 import sys
 import time
@@ -15,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from tqdm import tqdm
 
@@ -25,6 +27,74 @@ Record = dict[str, Any]
 Message = dict[str, str]
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: please start again
 ROLES = ("system", "user", "assistant", "tool")
+MAX_LINE_BYTES = 64 * 2**20
+"""A longer line is a mistake (a file of another kind), and would be read into memory whole."""
+
+
+def read_lines(stream: BinaryIO, name: str | Path) -> Iterator[tuple[int, bytes]]:
+    """Yield (1-based line number, line) of the lines that are not blank; `name` opens the error about a line over `MAX_LINE_BYTES`.
+
+    A byte order mark of UTF-8 is left out.
+    """
+    number = 0
+    while line := stream.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        if len(line) > MAX_LINE_BYTES:
+            raise ValueError(f"{name}:{number}: longer than {MAX_LINE_BYTES} bytes; is this JSON Lines?")
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if line.strip():
+            yield number, line
+
+
+def parse_record(line: bytes, where: str) -> Record:
+    """One line as a record; ValueError naming `where` for anything but a JSON object in UTF-8.
+
+    Refused too is what Python's reader takes and others do not: NaN, infinity, a field given twice, half of a surrogate pair.
+    """
+    try:
+        record = _DECODER.decode(line.decode("utf-8"))
+        if b"\\ud" in line or b"\\uD" in line:
+            json.dumps(record, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"{where}: not valid text (half of a surrogate pair, \\ud800 to \\udfff)") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8 (byte 0x{line[error.start]:02x} at {error.start})") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: not valid JSON ({error})") from None
+    except RecursionError:
+        raise ValueError(f"{where}: nested too deeply") from None
+    if not isinstance(record, dict):
+        hint = " (a JSON array belongs into a .json file)" if isinstance(record, list) else ""
+        raise ValueError(f"{where}: a record must be a JSON object, got {type(record).__name__}{hint}")
+    return record
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is too large for a number")
+    return number
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> Record:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        repeated = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"field {repeated!r} was given twice")
+    return fields
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_without_repeats)
+
+
+def parse_json(text: str) -> Any:
+    """A whole JSON text, as strictly as `parse_record`; ValueError or RecursionError without a place."""
+    return _DECODER.decode(text)
 
 
 def read_records(path: str | Path) -> Iterator[tuple[int, Record]]:
@@ -33,24 +103,17 @@ def read_records(path: str | Path) -> Iterator[tuple[int, Record]]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     with open(path, "rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise ValueError(f"{path}:{number}: not valid JSON ({error})") from None
-            if not isinstance(record, dict):
-                raise ValueError(f"{path}:{number}: a record must be a JSON object, got {type(record).__name__}")
-            yield number, record
+        for number, line in read_lines(stream, path):
+            yield number, parse_record(line, f"{path}:{number}")
 
 
-def get_field(record: Record, name: str, kind: type, where: str) -> Any:
-    """`record[name]`, checked to be a `kind`; `where` ("file:line") opens the error."""
+def get_field(record: Record, name: str, kind: type | tuple[type, ...], where: str) -> Any:
+    """`record[name]`, checked to be a `kind` (or one of them); `where` ("file:line") opens the error."""
     if name not in record:
         raise ValueError(f"{where}: field {name!r} is missing (fields: {', '.join(record) or 'none'})")
     if not isinstance(record[name], kind):
-        raise ValueError(f"{where}: field {name!r} must be a {kind.__name__}, got {type(record[name]).__name__}")
+        wanted = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+        raise ValueError(f"{where}: field {name!r} must be a {wanted}, got {type(record[name]).__name__}")
     return record[name]
 
 
@@ -131,7 +194,9 @@ class Tally:
 class StageParser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, like every other error of a stage."""
 
-    def __init__(self, stage: str, description: str, example: str, *, output: str, max_drop_fraction: float = 0.5) -> None:
+    def __init__(
+        self, stage: str, description: str, example: str, *, output: str, max_drop_fraction: float = 0.5, many_inputs: bool = False
+    ) -> None:
         super().__init__(
             prog=f"python -m toolkits.lpo_data_preprocessing.{stage}",
             description=description,
@@ -139,7 +204,10 @@ class StageParser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         self.stage = stage
-        self.add_argument("--input", required=True, metavar="JSONL", help="records to read")
+        if many_inputs:
+            self.add_argument("--input", required=True, nargs="+", metavar="PATH", help="files, folders or globs to read, in this order")
+        else:
+            self.add_argument("--input", required=True, metavar="JSONL", help="records to read")
         self.add_argument("--output", required=True, metavar="PATH", help=output)
         self.add_argument("--overwrite", action="store_true", help="replace an existing output")
         self.add_argument("--update", action="store_true", help="replace an existing output unless it is of the same input and options")
