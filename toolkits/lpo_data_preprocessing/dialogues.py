@@ -82,8 +82,6 @@ def _content(segments: list[Any], place: str) -> str:
         if not isinstance(segment, dict):
             raise ValueError(f"{place}.content_list[{i}] must be an object, got {segment!r:.80}")
         text = get_field(segment, "content", str, f"{place}.content_list[{i}]")
-        text = text.lstrip() if i == 0 else text
-        text = text.rstrip() if i == len(segments) - 1 else text
         texts.append(_segment(segment, text, f"{place}.content_list[{i}]"))
     return "".join(texts).strip()
 

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from megatron_patch.data.tokenizer_identity import tokenizer_fingerprint
 from toolkits.lpo_data_preprocessing.records import Message
 
@@ -84,7 +86,11 @@ class ChatTokenizer:
         return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        return self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)
+        """The template's text; ValueError where it refuses the conversation (some want roles to alternate)."""
+        try:
+            return self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)
+        except TemplateError as error:
+            raise ValueError(f"the chat template refuses the conversation ({error!s:.200})") from None
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=False)["input_ids"]

@@ -25,6 +25,14 @@ def test_every_row_has_golden_files_and_every_file_a_row():
     assert {path.name for path in GOLDEN.iterdir()} == wanted and len(BY_NAME) == len(FORMATS)
 
 
+def test_every_row_is_documented():
+    table = (ROOT / "docs" / "data.md").read_text(encoding="utf-8").split("## Formats")[1].split("## ")[0]
+    rows = [line.split("|") for line in table.splitlines() if line.startswith("| `")]
+    assert sorted(row[1].strip(" `") for row in rows) == sorted(BY_NAME)
+    for _, name, fields, *_ in rows:
+        assert all(names.split("|")[0] in fields for names in BY_NAME[name.strip(" `")].fields), name
+
+
 @pytest.mark.parametrize("name", BY_NAME)
 def test_golden(tmp_path, capsys, name):
     source, wanted = GOLDEN / f"{name}.jsonl", read_jsonl(GOLDEN / f"{name}.records.jsonl")

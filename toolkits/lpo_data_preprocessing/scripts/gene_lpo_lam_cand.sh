@@ -30,7 +30,7 @@ ROOT=$(cd "$ROOT" && pwd)
 # shellcheck source-path=SCRIPTDIR source=../../../scripts/launch.sh
 source "$ROOT/scripts/launch.sh"
 
-: "${INPUT:?set INPUT to a file of prompts and answers}" "${HF_PATH:?set HF_PATH to the fine-tuned Hugging Face checkpoint}"
+: "${INPUT:?set INPUT to a file, folder or glob of prompts and answers}" "${HF_PATH:?set HF_PATH to the fine-tuned Hugging Face checkpoint}"
 OUTPUT=${OUTPUT:-$ROOT/outputs/pairs} ENGINE=${ENGINE:-transformers} ENGINE_TP=${ENGINE_TP:-1} N=${N:-1} SEED=${SEED:-1}
 TEMPERATURE=${TEMPERATURE:-1.0} TOP_P=${TOP_P:-1.0} MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-1024}
 STAGES=${STAGES:-normalise candidates select build_pairs reference_logps}
