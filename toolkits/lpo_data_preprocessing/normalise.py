@@ -147,7 +147,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--input train.jsonl more/ 'shards/*.parquet' --output records.jsonl",
         output="records, one per line", many_inputs=True,
     )  # fmt: skip
-    parser.add_argument("--format", choices=list(BY_NAME), help="do not detect each file's format, demand this one")
+    parser.add_argument(
+        "--format", choices=list(BY_NAME), metavar="NAME", help=f"do not detect each file's format, demand this one: {', '.join(BY_NAME)}"
+    )
     parser.add_argument("--every-turn", action="store_true", help="a record for each answer of a conversation (default: for the last one)")
     parser.add_argument("--drop-invalid", action="store_true", help="drop and count bad lines, unfit or empty records (else an error)")
     return run_stage(parser, _run, argv)

@@ -60,6 +60,8 @@ def parse_record(line: bytes, where: str) -> Record:
         raise ValueError(f"{where}: not valid text (half of a surrogate pair, \\ud800 to \\udfff)") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: not UTF-8 (byte 0x{line[error.start]:02x} at {error.start})") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not valid JSON ({error.msg}, character {error.pos + 1})") from None
     except ValueError as error:
         raise ValueError(f"{where}: not valid JSON ({error})") from None
     except RecursionError:

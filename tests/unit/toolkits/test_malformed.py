@@ -57,7 +57,7 @@ def refuses(tmp_path, fails):
 
 
 LINES = {
-    "broken JSON": (GOOD + b'{"question": "q", "answer": }\n' + GOOD, "in.jsonl:2: not valid JSON"),
+    "broken JSON": (GOOD + b'{"question": "q", "answer": }\n' + GOOD, "in.jsonl:2: not valid JSON (Expecting value, character 29)"),
     "truncated last line": (GOOD * 2 + GOOD[:20], "in.jsonl:3: not valid JSON"),
     "two objects on a line": (GOOD.strip() + GOOD, "in.jsonl:1: not valid JSON (Extra data"),
     "old Mac line ends": (GOOD.replace(b"\n", b"\r") * 2, "in.jsonl:1: not valid JSON (Extra data"),
