@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from toolkits.lpo_data_preprocessing.finished import Ingredients, make_once
 from toolkits.lpo_data_preprocessing.formats import BY_NAME, Example, Format, detect_format
 from toolkits.lpo_data_preprocessing.records import (
     Record,
@@ -25,7 +26,6 @@ from toolkits.lpo_data_preprocessing.records import (
     content_hash,
     jsonl_writer,
     progress,
-    refuse_existing,
     run_stage,
 )
 from toolkits.lpo_data_preprocessing.sources import MAX_ARRAY_BYTES, as_record, find_inputs, read_items
@@ -125,10 +125,13 @@ class Normaliser:
 
 
 def _run(args: argparse.Namespace) -> str:
-    refuse_existing(args.output, args.overwrite)
     paths, output = find_inputs(args.input), Path(args.output).resolve()
     if any(path.resolve() == output for path in paths):
         raise ValueError(f"{args.output}: is one of the inputs too; give another --output")
+    return make_once(args, Ingredients(paths, [Path(args.output)]), lambda: _normalise(args, paths))
+
+
+def _normalise(args: argparse.Namespace, paths: list[Path]) -> str:
     normaliser = Normaliser(args)
     with jsonl_writer(args.output) as write:
         for path in paths:

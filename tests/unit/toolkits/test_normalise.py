@@ -65,10 +65,16 @@ def test_drop_invalid_is_bounded(tmp_path, fails):
     assert files(tmp_path) == ["in.jsonl"]
 
 
-def test_existing_output(tmp_path, fails):
+def test_existing_output(tmp_path, fails, capsys):
     stage(tmp_path, [GOOD])
     before = (tmp_path / "out.jsonl").read_bytes()
     argv = ("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
-    assert "out.jsonl: exists already" in fails(main, *argv)
+    assert main([str(a) for a in argv]) == 0 and "kept" in capsys.readouterr().out
+    assert "made with another drop_invalid" in fails(main, *argv, "--drop-invalid")
     assert (tmp_path / "out.jsonl").read_bytes() == before
+    write_jsonl(tmp_path / "in.jsonl", [GOOD, GOOD])
+    assert "made with another input" in fails(main, *argv)
+    assert main([str(a) for a in argv] + ["--update"]) == 0 and "1 dropped" in capsys.readouterr().out
+    (tmp_path / "out.jsonl.plan.json").unlink()
+    assert "out.jsonl: exists already" in fails(main, *argv, "--update")
     assert main([str(a) for a in argv] + ["--overwrite"]) == 0
