@@ -4,14 +4,15 @@ GSM8K's convention comes first: what follows the last "####". An answer without 
 """
 
 import re
+from decimal import Decimal
 from fractions import Fraction
 
 _MARK = "####"
 _NUMBER = re.compile(
-    r"""(?<![\w.])              # not inside a word, an identifier or a dotted number
-        [-+]?
-        (?: (?:\d{1,3}(?:,\d{3})+(?!\d) | \d+)   # 1,000,000 or 1000000
-            (?:\.\d+)? (?:/\d+)?                  # decimals, denominator
+    r"""(?<![A-Za-z\d.]) (?<![A-Za-z\d]_)        # not inside a word, an identifier or a dotted number; _5_ is emphasis
+        ([-+]?) [$€£¥]?                           # -$5 is below 0
+        ( (?:\d{1,3}(?:,\d{3})+(?!\d) | \d+)     # 1,000,000 or 1000000
+            (?:\.\d+)? (?:/\d+)?                 # decimals, denominator
           | \.\d+ )""",
     re.ASCII | re.VERBOSE,
 )
@@ -20,14 +21,14 @@ _NUMBER = re.compile(
 def numbers_in(text: str) -> list[Fraction]:
     """All numbers in a text, in order and exact: 1,000 = 1000 = 1000.0, 0.5 = 1/2. A minus counts unless it follows a digit (a range)."""
     literals = _NUMBER.findall(text.replace("\N{MINUS SIGN}", "-"))
-    return [number for literal in literals if (number := _exact(literal.replace(",", ""))) is not None]
+    return [number for sign, digits in literals if (number := _exact(sign + digits.replace(",", ""))) is not None]
 
 
 def _exact(literal: str) -> Fraction | None:
     """None for a division by zero, which is no number."""
     numerator, _, denominator = literal.partition("/")
-    try:
-        return Fraction(numerator) / Fraction(denominator or "1")
+    try:  # by way of Decimal: int() refuses a text of more than 4,300 digits, which a model in a loop writes easily
+        return Fraction(Decimal(numerator)) / Fraction(Decimal(denominator or "1"))
     except ZeroDivisionError:
         return None
 

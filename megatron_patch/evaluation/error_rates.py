@@ -20,6 +20,19 @@ def edit_distance(source: Sequence[object], target: Sequence[object]) -> int:
     return row[-1]
 
 
+def is_closer_than(limit: int, source: Sequence[object], target: Sequence[object]) -> bool:
+    """Whether the edit distance is below ``limit``, in O(limit x len) time: a path that strays ``limit`` off the diagonal costs as much."""
+    if abs(len(source) - len(target)) >= limit:
+        return False
+    row = [min(j, limit) for j in range(len(target) + 1)]
+    for i, left in enumerate(source, start=1):
+        first, last = max(1, i - limit + 1), min(len(target), i + limit - 1)
+        diagonal, row[first - 1] = row[first - 1], min(i, limit) if first == 1 else limit
+        for j in range(first, last + 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (left != target[j - 1]), limit)
+    return row[-1] < limit
+
+
 def character_error_rate(hypotheses: Sequence[str], references: Sequence[str]) -> float:
     """Character edits per reference character. Raises ValueError for lists of different length or references without a character."""
     return _error_rate(hypotheses, references)

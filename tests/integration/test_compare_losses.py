@@ -35,7 +35,7 @@ pairs = "perturbed"
 x = 0.1
 
 [pair_sets.perturbed]
-candidates = "perturbed"
+method = "perturb"
 """
 
 
@@ -100,7 +100,7 @@ def test_a_failure_is_shown_and_the_rest_kept(work: Path) -> None:
     """A loss that does not exist, on pairs that are made for it first."""
     done = compare(work, FILE.format(materials=work / "materials") + SECOND.format(name="wrong", loss="lpo-stem"))
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "perturb: 120 records read, 120 kept" in done.stdout
+    assert "select: 120 records read, 120 kept" in done.stdout
     assert "[compare] learning rates: 4 to measure, 4 finished before" in done.stdout
     assert "[failed] wrong, rate " in done.stderr and "unknown loss 'lpo-stem'" in done.stderr
     assert "[failed] 1 of 1 failed; the others are kept" in done.stderr

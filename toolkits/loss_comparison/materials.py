@@ -122,13 +122,9 @@ def _make_pair_set(name: str, pairs: PairSet, materials: Path, weights: str, out
     if _has_reference(folder / "train", weights):
         return folder / "train"
     model = materials / "sft/hf"
-    sampling = "normalise candidates" if pairs.candidates == "sampled" else "normalise"
-    _data_job(sampling, model, folder, INPUT=str(materials / "problems/pairs.jsonl"), N=str(pairs.n), SEED=str(pairs.seed))
-    candidates = folder / "candidates.jsonl"
-    if pairs.candidates == "perturbed":
-        options = ["-n", str(pairs.n), "--seed", str(pairs.seed), "--overwrite"]
-        _stage("perturb", ["--input", str(folder / "records.jsonl"), "--output", str(candidates), *options])
-    _select(candidates, folder, ["--valid-output", str(folder / "valid.jsonl"), *SPLIT, *_selection(pairs)])
+    stages, made = ("normalise", "records") if pairs.method == "perturb" else ("normalise candidates", "candidates")
+    _data_job(stages, model, folder, INPUT=str(materials / "problems/pairs.jsonl"), N=str(pairs.n), SEED=str(pairs.seed))
+    _select(folder / f"{made}.jsonl", folder, ["--valid-output", str(folder / "valid.jsonl"), *SPLIT, *_selection(pairs)])
     _data_job("build_pairs reference_logps", model, folder)
     return folder / "train"
 
@@ -137,18 +133,19 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def _select(candidates: Path, folder: Path, words: Sequence[str]) -> None:
-    _stage("select", ["--input", str(candidates), "--output", str(folder / "train.jsonl"), "--overwrite", *words])
+def _select(records: Path, folder: Path, words: Sequence[str]) -> None:
+    words = ["--input", str(records), "--output", str(folder / "train.jsonl"), "--overwrite", *words]
+    _run([sys.executable, "-m", "toolkits.lpo_data_preprocessing.select", *words])
 
 
 def _selection(pairs: PairSet) -> list[str]:
     words = ["--method", pairs.method, "--max-pairs-per-prompt", str(pairs.max_pairs_per_prompt)]
+    words += ["--chosen", pairs.chosen] if pairs.method == "verify-math" else []
+    if pairs.method == "perturb":
+        words += ["--n", str(pairs.n), "--noise-seed", str(pairs.seed)]
+        words += ["--noise-ratio", str(pairs.noise_ratio)] if pairs.noise_ratio is not None else []
     words += ["--swap-fraction", str(pairs.swap_fraction)] if pairs.swap_fraction else []
     return words + (["--scores"] if pairs.scores else [])
-
-
-def _stage(name: str, words: Sequence[str]) -> None:
-    _run([sys.executable, "-m", f"toolkits.lpo_data_preprocessing.{name}", *words])
 
 
 def _data_job(stages: str, model: Path, output: Path, **environment: str) -> None:

@@ -26,12 +26,14 @@ OWN_FLAGS = (
 class PairSet:
     """A training set other than the quickstart's, made of the same prompts: options of the data stages."""
 
-    candidates: str
-    """"sampled" from the fine-tuned model, or "perturbed": the worked answer with random edits."""
     method: str
-    """How select makes pairs of them: lppc, verified or judged (toolkits.lpo_data_preprocessing.select)."""
+    """Of toolkits.lpo_data_preprocessing.select: lppc and verify-math use samples of the fine-tuned model, perturb the worked answer."""
+    chosen: str
+    """For verify-math: "answer" (the worked one) or "sampled" (the first right sample)."""
     n: int
-    """Candidates per prompt."""
+    """Samples, or perturbed answers, per prompt."""
+    noise_ratio: float | None
+    """For perturb: of the words or Chinese characters; None: select's default."""
     max_pairs_per_prompt: int
     swap_fraction: float
     """Of the pairs, whose labels are exchanged."""
@@ -115,6 +117,12 @@ def _fraction(value: Any) -> float:
     return float(value)
 
 
+def _ratio(value: Any) -> float:
+    if not 0 < _number(value) <= 1:
+        raise ValueError(f"must lie in (0, 1], got {value!r}")
+    return float(value)
+
+
 def _rate(value: Any) -> float:
     if not 0 < _number(value) < float("inf"):
         raise ValueError(f"must be > 0, got {value!r}")
@@ -182,9 +190,9 @@ _RUN = {
     "series": _Key(_text, ""),
 }  # fmt: skip
 _PAIR_SET = {
-    "candidates": _Key(_one_of("sampled", "perturbed"), "sampled"), "method": _Key(_one_of("lppc", "verified", "judged"), "lppc"),
-    "n": _Key(_count, 1), "max_pairs_per_prompt": _Key(_count, 1), "swap_fraction": _Key(_fraction, 0.0), "scores": _Key(_bool, False),
-    "seed": _Key(_integer, 1),
+    "method": _Key(_one_of("lppc", "verify-math", "perturb"), "lppc"), "chosen": _Key(_one_of("answer", "sampled"), "answer"),
+    "n": _Key(_count, 1), "noise_ratio": _Key(_ratio), "max_pairs_per_prompt": _Key(_count, 1), "swap_fraction": _Key(_fraction, 0.0),
+    "scores": _Key(_bool, False), "seed": _Key(_integer, 1),
 }  # fmt: skip
 
 
@@ -284,11 +292,13 @@ def _check_pair_sets(comparison: Comparison, path: Path) -> None:
         where = f"{path}: pair_sets.{name}."
         if not re.fullmatch(r"[\w-]+", name):
             raise ValueError(f"{where.rstrip('.')}: its name is a folder's: letters, digits, _ and -")
-        if pairs.candidates == "perturbed" and pairs.method == "judged":
-            raise ValueError(f"{where}method: perturbed answers are all to be rejected, judged compares samples; use lppc or verified")
+        if pairs.chosen == "sampled" and pairs.method != "verify-math":
+            raise ValueError(f'{where}chosen: "sampled" is for method = "verify-math"')
+        if pairs.noise_ratio is not None and pairs.method != "perturb":
+            raise ValueError(f'{where}noise_ratio: is for method = "perturb"')
         if name not in {run.pairs for run in comparison.runs}:
             raise ValueError(f"{where.rstrip('.')}: no run uses it")
-        if pairs.swap_fraction and (pairs.method != "judged" or pairs.max_pairs_per_prompt > 1):
-            raise ValueError(f'{where}swap_fraction: needs method = "judged" and max_pairs_per_prompt = 1')
+        if pairs.swap_fraction and (pairs.chosen != "sampled" or pairs.max_pairs_per_prompt > 1):
+            raise ValueError(f'{where}swap_fraction: needs chosen = "sampled" and max_pairs_per_prompt = 1')
         if pairs.swap_fraction and pairs.scores:
             raise ValueError(f"{where}scores: a swapped pair would prefer the lower score; give one of swap_fraction and scores")

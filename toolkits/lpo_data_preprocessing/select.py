@@ -1,14 +1,8 @@
-"""Stage 3: records with candidates -> preference pairs, split by prompt.
+"""Stage 3: records, with candidates or without -> preference pairs, split by prompt.
 
-    lppc       Algorithm 1 of LPO (arXiv 2508.14947): the reference answer is chosen and every sample of the policy is the rejected of a
-               pair of its own, whatever its quality
-    verified   the same, with only those samples whose final number is wrong: hard and right
-    judged     both sides are samples: chosen the first whose final number is right, rejected those whose is wrong. Easier prompts (the
-               policy solves them at times), and no reference answer
-
-Left out: samples equal to the chosen text (nothing to prefer), repeats among one prompt's samples, empty samples. A sample cut at the
-length limit stays, marked in "rejected_ended": build_pairs then writes it without the end token; "judged" wants samples that ended.
---swap-fraction exchanges the labels of some pairs, to study noise; --scores adds what losses that know by how much need.
+How pairs are chosen is one method of `selection.METHODS` (lppc, verify-math, perturb, scores), which also says what is left out. This
+stage adds what all of them share: a limit of pairs per prompt, the exchange of labels to study noise (--swap-fraction), scores for losses
+that know by how much (--scores), and the split.
 
 Records of one prompt go to one side of the split, decided by a hash of the prompt alone: the same prompt lands on the same side in every
 file and in every run with that seed.
@@ -17,10 +11,11 @@ file and in every run with that seed.
 import argparse
 import hashlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import fields, replace
 
-from megatron_patch.evaluation.answers import same_answer
 from megatron_patch.evaluation.error_rates import character_error_rate
 from toolkits.lpo_data_preprocessing.records import (
     Record,
@@ -30,13 +25,13 @@ from toolkits.lpo_data_preprocessing.records import (
     close_stage,
     content_hash,
     get_field,
-    get_texts,
     jsonl_writer,
     progress,
     read_records,
     refuse_existing,
     run_stage,
 )
+from toolkits.lpo_data_preprocessing.selection import METHODS, LeftOut, Options, Selection
 
 
 def is_validation(record: Record, fraction: float, seed: int) -> bool:
@@ -53,81 +48,6 @@ def _drawn(key: str, fraction: float) -> bool:
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") < fraction * 2**64
 
 
-def check_candidates(record: Record, where: str) -> list[Record]:
-    """The record's candidates, each {"text": str, "finish_reason": "stop" or "length"}; ValueError naming `where`."""
-    candidates = get_field(record, "candidates", list, where)
-    for i, candidate in enumerate(candidates):
-        if not isinstance(candidate, dict) or not isinstance(candidate.get("text"), str):
-            raise ValueError(f"{where}: candidate {i} has no text")
-        if candidate.get("finish_reason") not in ("stop", "length"):
-            raise ValueError(f"{where}: candidate {i} has finish_reason {candidate.get('finish_reason')!r}, expected 'stop' or 'length'")
-    return candidates
-
-
-def select_lppc(record: Record, where: str, max_pairs: int | None, tally: Tally) -> Record | None:
-    """The record with its rejected answers, or None if no candidate is left; what is left out is counted in `tally`.
-
-    Rejected answers that were in the data before come first, then the candidates in the order they were sampled.
-    """
-    chosen = get_field(record, "chosen", str, where)
-    kept = [(text, True) for text in (get_texts(record, "rejected", where) if "rejected" in record else [])]
-    seen = {text.strip() for text, _ in kept}
-    for candidate in check_candidates(record, where):
-        text = candidate["text"]
-        reason = _why_not(text.strip(), chosen.strip(), seen)
-        if reason is None:
-            seen.add(text.strip())
-            kept.append((text, candidate["finish_reason"] == "stop"))
-        else:
-            tally.left_out[reason] += 1
-    if max_pairs is not None and len(kept) > max_pairs:
-        tally.left_out["over_max_pairs_per_prompt"] += len(kept) - max_pairs
-        kept = kept[:max_pairs]
-    if not kept:
-        return None
-    rest = {name: value for name, value in record.items() if name != "candidates"}
-    return rest | {"rejected": [text for text, _ in kept], "rejected_ended": [ended for _, ended in kept]}
-
-
-def _why_not(text: str, chosen: str, seen: set[str]) -> str | None:
-    if not text:
-        return "empty_candidate"
-    if text == chosen:
-        return "equal_to_chosen"
-    return "duplicate_candidate" if text in seen else None
-
-
-def select_verified(record: Record, where: str, max_pairs: int | None, tally: Tally) -> Record | None:
-    """`select_lppc` without the samples that end in the reference's final number."""
-    wrong = [candidate for candidate in check_candidates(record, where) if not _is_right(candidate, record, where)]
-    tally.left_out["right_candidate"] += len(record["candidates"]) - len(wrong)
-    return select_lppc(record | {"candidates": wrong}, where, max_pairs, tally)
-
-
-def select_judged(record: Record, where: str, max_pairs: int | None, tally: Tally) -> Record | None:
-    """`select_lppc` with the first right sample in place of the reference answer, against the wrong ones."""
-    ended = [candidate for candidate in check_candidates(record, where) if candidate["finish_reason"] == "stop"]
-    tally.left_out["cut_candidate"] += len(record["candidates"]) - len(ended)
-    right = [candidate["text"] for candidate in ended if _is_right(candidate, record, where)]
-    if not right:
-        tally.left_out["no_right_candidate"] += 1
-        return None
-    wrong = [candidate for candidate in ended if not _is_right(candidate, record, where)]
-    return select_lppc(record | {"chosen": right[0], "rejected": [], "candidates": wrong}, where, max_pairs, tally)
-
-
-def _is_right(candidate: Record, record: Record, where: str) -> bool:
-    """Whether a sample ended and has the final number of the record's answer."""
-    try:
-        return candidate["finish_reason"] == "stop" and same_answer(candidate["text"], get_field(record, "chosen", str, where))
-    except ValueError as error:
-        raise ValueError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
-
-
-Selector = Callable[[Record, str, int | None, Tally], Record | None]
-METHODS: dict[str, Selector] = {"lppc": select_lppc, "verified": select_verified, "judged": select_judged}
-
-
 def swapped(record: Record) -> Record:
     """The record's one pair with its labels exchanged, marked "swapped"."""
     (rejected,) = record["rejected"]
@@ -140,15 +60,39 @@ def scored(record: Record, answer: str) -> Record:
     return record | {"chosen_score": chosen, "rejected_scores": rejected}
 
 
+class PairLimit:
+    """How many pairs a prompt may still have, over all its records: `options` with that number."""
+
+    def __init__(self, options: Options) -> None:
+        self.options, self._used = options, Counter[str]()
+
+    def before(self, record: Record) -> Options:
+        """The options for a record; LeftOut if its prompt has all its pairs."""
+        if self.options.max_pairs is None:
+            return self.options
+        left = self.options.max_pairs - self._used[content_hash(record["prompt"])]
+        if left < 1:
+            raise LeftOut("prompt_has_its_pairs")
+        return replace(self.options, max_pairs=left)
+
+    def after(self, result: Record) -> None:
+        """Count a record's pairs."""
+        if self.options.max_pairs is not None:
+            self._used[content_hash(result["prompt"])] += len(result["rejected"])
+
+
 def _selected(args: argparse.Namespace, tally: Tally) -> Iterator[Record]:
+    limit = PairLimit(_options(args))
     for number, record in progress(read_records(args.input), what="select", unit="record"):
         where = f"{args.input}:{number}"
         check_messages(get_field(record, "prompt", list, where), where)
         tally.read += 1
-        result = METHODS[args.method](record, where, args.max_pairs_per_prompt, tally)
-        if result is None:
-            tally.drop("no_candidate_left")
+        try:
+            result = METHODS[args.method].select(Selection(record, where, limit.before(record), tally))
+        except LeftOut as reason:
+            tally.drop(str(reason))
             continue
+        limit.after(result)
         tally.kept += 1
         if is_swapped(result, args.swap_fraction, args.seed):
             result = swapped(result)
@@ -156,23 +100,49 @@ def _selected(args: argparse.Namespace, tally: Tally) -> Iterator[Record]:
         yield scored(result, record["chosen"]) if args.scores else result
 
 
+def _options(args: argparse.Namespace) -> Options:
+    """What the user said, else the defaults. ValueError for a bad value or an option of another method."""
+    known = ("max_pairs", *METHODS[args.method].options)
+    given = {field.name: getattr(args, field.name) for field in fields(Options) if getattr(args, field.name) is not None}
+    for name in given:
+        if name not in known:
+            owners = ", ".join(method for method, row in METHODS.items() if name in row.options)
+            raise ValueError(f"{_flag(name)}: --method {args.method} does not use it ({owners})")
+    given.setdefault("noise_seed", args.seed)
+    options = Options(**given)
+    for name in ("n", "max_pairs"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise ValueError(f"{_flag(name)} must be at least 1, got {value}")
+    distance = options.min_edit_distance
+    if not (0 <= distance < 1 or (distance >= 1 and float(distance).is_integer())):
+        raise ValueError(f"{_flag('min_edit_distance')} must be a whole number of characters or a fraction below 1, got {distance:g}")
+    if not 0 < options.noise_ratio <= 1:
+        raise ValueError(f"--noise-ratio must lie in (0, 1], got {options.noise_ratio:g}")
+    return options
+
+
+def _flag(name: str) -> str:
+    return {"max_pairs": "--max-pairs-per-prompt"}.get(name, f"--{name.replace('_', '-')}")
+
+
 def _check(args: argparse.Namespace) -> None:
     if not 0 <= args.valid_fraction < 1:
         raise ValueError(f"--valid-fraction must lie in [0, 1), got {args.valid_fraction:g}")
     if (args.valid_fraction > 0) != (args.valid_output is not None):
         raise ValueError("--valid-fraction and --valid-output go together")
-    if args.max_pairs_per_prompt is not None and args.max_pairs_per_prompt < 1:
-        raise ValueError(f"--max-pairs-per-prompt must be at least 1, got {args.max_pairs_per_prompt}")
     if not 0 <= args.swap_fraction < 1:
         raise ValueError(f"--swap-fraction must lie in [0, 1), got {args.swap_fraction:g}")
-    if args.swap_fraction and (args.max_pairs_per_prompt != 1 or args.method != "judged"):
-        raise ValueError("--swap-fraction needs --method judged (both sides ended) and --max-pairs-per-prompt 1 (one pair to swap)")
+    if args.swap_fraction and (args.max_pairs != 1 or args.chosen != "sampled"):
+        raise ValueError("--swap-fraction needs --chosen sampled (both sides ended) and --max-pairs-per-prompt 1 (one pair to swap)")
     if args.swap_fraction and args.scores:
         raise ValueError("--scores: a swapped pair would prefer the lower score; leave out --swap-fraction")
+    if args.scores and args.method == "scores":
+        raise ValueError("--scores adds error rates, but --method scores has scores already; give one of the two")
 
 
 def _run(args: argparse.Namespace) -> str:
     _check(args)
+    _options(args)
     outputs = [args.output] + ([args.valid_output] if args.valid_output else [])
     for output in outputs:
         refuse_existing(output, args.overwrite)
@@ -189,6 +159,29 @@ def _run(args: argparse.Namespace) -> str:
     return close_stage(tally, args.output) + "".join(f"\n  pairs     {output}: {count}" for output, count in pairs.items())
 
 
+def _add_method_options(parser: argparse.ArgumentParser) -> None:
+    """The fields of `Options`; None: not given."""
+    default = Options()
+    parser.add_argument(
+        "--max-pairs-per-prompt", type=int, dest="max_pairs", metavar="N",
+        help="keep the first N rejected answers of a prompt (default: all; 1 of a record with --method scores)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--min-edit-distance", type=float, metavar="N",
+        help="leave out samples closer than this to the chosen text: in characters, or below 1 as a fraction of its characters (default 0)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--chosen", choices=("answer", "sampled"),
+        help=f"verify-math: the record's answer, or the first right sample (default {default.chosen})",
+    )  # fmt: skip
+    parser.add_argument("-n", "--n", type=int, metavar="N", help=f"perturb: noisy answers per record (default {default.n})")
+    parser.add_argument(
+        "--noise-ratio", type=float, metavar="F", help=f"perturb: of the words or Chinese characters (default {default.noise_ratio})"
+    )
+    parser.add_argument("--noise-seed", type=int, metavar="N", help="perturb: of the noise (default: --seed)")
+    parser.add_argument("--score-field", metavar="NAME", help=f"scores: where a candidate has its score (default {default.score_field!r})")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of the stage; returns the exit code."""
     parser = StageParser(
@@ -197,16 +190,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         output="records with rejected answers, one per line", max_drop_fraction=0.95,
     )  # fmt: skip
     parser.add_argument("--method", choices=list(METHODS), default="lppc", help="how pairs are chosen (default %(default)s)")
-    parser.add_argument(
-        "--max-pairs-per-prompt", type=int, metavar="N", help="keep the first N rejected answers of a record (default: all)"
-    )
+    _add_method_options(parser)
     parser.add_argument(
         "--swap-fraction", type=float, default=0.0, metavar="F", help="of the pairs get their labels exchanged (default %(default)s)"
     )
     parser.add_argument("--scores", action="store_true", help="add scores: 1 minus the character error rate against the reference answer")
     parser.add_argument("--valid-fraction", type=float, default=0.0, metavar="F", help="of the prompts, 0 to 1 (default %(default)s)")
     parser.add_argument("--valid-output", metavar="PATH", help="where the validation records go")
-    parser.add_argument("--seed", type=int, default=1, help="of the split and the swaps (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=1, help="of the split, the swaps and the noise (default %(default)s)")
     return run_stage(parser, _run, argv)
 
 

@@ -27,6 +27,16 @@ GSM8K = Path(os.environ.get("GSM8K_DIR", "/nowhere"))
         ("between 3-2", 2),
         ("= \N{MINUS SIGN}4", -4),
         (".5", Fraction(1, 2)),
+        ("A: 18", 18),
+        ("$1,234.50", Fraction(2469, 2)),
+        ("18.00", 18),
+        ("a loss of -$5", -5),
+        ("$-5", -5),
+        ("the answer is **18**.", 18),
+        ("_18_", 18),
+        (r"\boxed{18}", 18),
+        ("答案是18元", 18),
+        ("only x_2", None),
         ("0.1", Fraction(1, 10)),
         ("no number", None),
         ("5 apples\n#### none", None),
@@ -37,6 +47,10 @@ GSM8K = Path(os.environ.get("GSM8K_DIR", "/nowhere"))
 )
 def test_final_number(text, number):
     assert final_number(text) == number
+
+
+def test_a_model_in_a_loop_writes_a_number_like_any_other():
+    assert final_number("9" * 5000) == 10**5000 - 1
 
 
 def test_all_numbers_in_order():

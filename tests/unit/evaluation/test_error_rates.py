@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from megatron_patch.evaluation.error_rates import character_error_rate, edit_distance, word_error_rate
+from megatron_patch.evaluation.error_rates import character_error_rate, edit_distance, is_closer_than, word_error_rate
 
 
 def by_definition(source: str, target: str) -> int:
@@ -30,6 +30,14 @@ def test_every_distance_is_the_recursion_s() -> None:
     for _ in range(300):
         source, target = ("".join(rng.choices("ab1", k=rng.randint(0, 6))) for _ in range(2))
         assert edit_distance(source, target) == by_definition(source, target) == edit_distance(target, source)
+
+
+def test_closer_than_is_a_smaller_distance() -> None:
+    rng = random.Random(1)
+    for _ in range(300):
+        source, target = ("".join(rng.choices("ab1", k=rng.randint(0, 9))) for _ in range(2))
+        for limit in range(11):
+            assert is_closer_than(limit, source, target) == (edit_distance(source, target) < limit), (limit, source, target)
 
 
 def test_a_corpus_is_summed_before_dividing() -> None:

@@ -6,7 +6,7 @@ import sys
 import pytest
 from toolkit_helpers import ROOT, read_jsonl, write_jsonl
 
-QUICK = ("normalise", "perturb", "select")  # these import neither torch nor megatron
+QUICK = ("normalise", "select")  # these import neither torch nor megatron
 
 
 def python_m(stage, *argv):
@@ -29,7 +29,7 @@ def test_success_is_quiet_on_stderr(tmp_path):
     assert len(read_jsonl(tmp_path / "out.jsonl")) == 1
 
 
-@pytest.mark.parametrize("stage", ["normalise", "candidates", "perturb", "select", "build_pairs"])
+@pytest.mark.parametrize("stage", ["normalise", "candidates", "select", "build_pairs"])
 def test_help(capsys, stage):
     module = __import__(f"toolkits.lpo_data_preprocessing.{stage}", fromlist=["main"])
     with pytest.raises(SystemExit) as stop:

@@ -59,9 +59,11 @@ def test_a_shared_choice_needs_no_rates(tmp_path: Path) -> None:
 
 
 def test_pair_sets(tmp_path: Path) -> None:
-    text = TOP + DPO + 'pairs = "noisy"\n[pair_sets.noisy]\nmethod = "judged"\nn = 4\nswap_fraction = 0.2\n'
+    text = TOP + DPO + 'pairs = "noisy"\n[pair_sets.noisy]\nmethod = "verify-math"\nchosen = "sampled"\nn = 4\nswap_fraction = 0.2\n'
     noisy = read(tmp_path, text).pair_sets["noisy"]
-    assert (noisy.candidates, noisy.method, noisy.n, noisy.max_pairs_per_prompt, noisy.swap_fraction) == ("sampled", "judged", 4, 1, 0.2)
+    assert (noisy.method, noisy.chosen, noisy.n, noisy.max_pairs_per_prompt, noisy.swap_fraction) == ("verify-math", "sampled", 4, 1, 0.2)
+    assert noisy.noise_ratio is None
+    assert read(tmp_path, TOP + A + 'method = "perturb"\nnoise_ratio = 0.2').pair_sets["a"].noise_ratio == 0.2
 
 
 @pytest.mark.parametrize(
@@ -92,11 +94,14 @@ def test_pair_sets(tmp_path: Path) -> None:
         (TOP + DPO + LPO + 'rates_from = "LPO"', "run 2 (LPO): rates_from: 'LPO' is no run that chooses its own rate"),
         (TOP + DPO + LPO + 'learning_rates = [1e-5]\nrates_from = "DPO"', "run 2 (LPO): learning_rates: the run takes its rate from 'DPO'"),
         (TOP + DPO + "[pair_sets.a]\nn = 2", "pair_sets.a: no run uses it"),
-        (TOP + A + 'method = "best"', "pair_sets.a.method: must be one of lppc, verified, judged, got 'best'"),
-        (TOP + A + 'swap_fraction = 0.2', 'pair_sets.a.swap_fraction: needs method = "judged"'),
+        (TOP + A + 'method = "best"', "pair_sets.a.method: must be one of lppc, verify-math, perturb, got 'best'"),
+        (TOP + A + 'swap_fraction = 0.2', 'pair_sets.a.swap_fraction: needs chosen = "sampled"'),
         (TOP.replace("steps = 9", "steps = 2") + DPO, "run 1 (DPO): steps: 2 steps end before the first evaluation (eval_interval 3)"),
         (TOP + DPO + 'pairs = "../a"\n[pair_sets."../a"]', "pair_sets.../a: its name is a folder's"),
-        (TOP + A + 'candidates = "perturbed"\nmethod = "judged"', "pair_sets.a.method: perturbed answers are all to be rejected"),
+        (TOP + A + 'candidates = "perturbed"', "pair_sets.a.candidates: unknown key"),
+        (TOP + A + 'chosen = "sampled"', 'pair_sets.a.chosen: "sampled" is for method = "verify-math"'),
+        (TOP + A + 'noise_ratio = 0.1', 'pair_sets.a.noise_ratio: is for method = "perturb"'),
+        (TOP + A + 'method = "perturb"\nnoise_ratio = 0.0', "pair_sets.a.noise_ratio: must lie in (0, 1], got 0.0"),
         (TOP + A + 'swap_fraction = 1', "pair_sets.a.swap_fraction: must lie in [0, 1), got 1"),
     ],
 )

@@ -1,45 +1,14 @@
-"""Algorithm 1 on hand-made candidates, and the split."""
+"""The stage: counts, limits, the split, exchanged labels, scores and mistakes. The methods themselves are in test_selection.py."""
 
 import pytest
-from toolkit_helpers import files, read_jsonl, record, write_jsonl
+from toolkit_helpers import files, read_jsonl, record, sampled, write_jsonl
 
-from toolkits.lpo_data_preprocessing.records import Tally
-from toolkits.lpo_data_preprocessing.select import is_validation, main, select_judged, select_lppc, select_verified
-
-
-def sampled(*texts, cut=()):
-    return [{"text": text, "finish_reason": "length" if i in cut else "stop"} for i, text in enumerate(texts)]
+from toolkits.lpo_data_preprocessing.select import is_validation, main
 
 
 def stage(tmp_path, records, *more):
     write_jsonl(tmp_path / "in.jsonl", records)
     return main(["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl"), *more])
-
-
-def test_lppc_keeps_every_other_answer():
-    tally = Tally()
-    given = record(0, chosen="good", candidates=sampled("bad", " good\n", "worse", "bad ", "", "cut off", cut=(5,)), task="t")
-    result = select_lppc(given, "f:1", None, tally)
-    assert result is not None and (result["rejected"], result["rejected_ended"]) == (["bad", "worse", "cut off"], [True, True, False])
-    assert tally.left_out == {"equal_to_chosen": 1, "duplicate_candidate": 1, "empty_candidate": 1}
-    assert "candidates" not in result and result["task"] == "t" and result["chosen"] == "good"
-
-
-def test_limit_and_answers_given_before():
-    tally = Tally()
-    given = record(0, chosen="good", rejected=["given"], candidates=sampled("given", "a", "b", cut=(1,)))
-    result = select_lppc(given, "f:1", 2, tally)
-    assert result is not None and (result["rejected"], result["rejected_ended"]) == (["given", "a"], [True, False])
-    assert tally.left_out == {"duplicate_candidate": 1, "over_max_pairs_per_prompt": 1}
-
-
-def test_equal_means_the_whole_text():
-    result = select_lppc(record(0, chosen="#### 15", candidates=sampled("#### 1", "5", "#### 15 ", "#### 155")), "f:1", None, Tally())
-    assert result is not None and result["rejected"] == ["#### 1", "5", "#### 155"]
-
-
-def test_nothing_left():
-    assert select_lppc(record(0, chosen="good", candidates=sampled("good", "good ")), "f:1", None, Tally()) is None
 
 
 def test_stage_counts(tmp_path, capsys):
@@ -60,6 +29,31 @@ def test_a_prompt_is_on_one_side_only(tmp_path):
     assert sorted(ids) == sorted(r["id"] for r in rows)
 
 
+def test_a_prompt_s_pairs_are_limited_over_all_its_records(tmp_path, capsys):
+    rows = [record(i, f"question {i % 2}", candidates=sampled("bad", "worse", f"worst {i}")) for i in range(6)]
+    assert stage(tmp_path, rows, "--max-pairs-per-prompt", "4") == 0
+    kept = {row["id"]: row["rejected"] for row in read_jsonl(tmp_path / "out.jsonl")}
+    assert kept == {"r0": ["bad", "worse", "worst 0"], "r1": ["bad", "worse", "worst 1"], "r2": ["bad"], "r3": ["bad"]}
+    out = capsys.readouterr().out
+    assert "dropped   prompt_has_its_pairs                 2" in out and "left out  over_max_pairs_per_prompt            4" in out
+
+
+def test_perturb_needs_no_candidates(tmp_path):
+    """One record alone gives what it gives among others; the split's seed is the noise's unless another is named."""
+    rows = [record(i, f"q{i}", chosen="one two three four five", task="t") for i in range(20)]
+    command = ["--method", "perturb", "-n", "3", "--noise-ratio", "0.4", "--overwrite"]
+    results = []
+    for more in ([], ["--seed", "2"], ["--seed", "2", "--noise-seed", "1"]):
+        assert stage(tmp_path, rows, *command, *more) == 0
+        results.append(read_jsonl(tmp_path / "out.jsonl"))
+    assert results[0] == results[2] != results[1]
+    for row in results[0]:
+        assert row["task"] == "t" and row["chosen"] == rows[0]["chosen"] and "candidates" not in row
+        assert 1 <= len(row["rejected"]) <= 3 and row["chosen"] not in row["rejected"] and all(row["rejected_ended"])
+    assert stage(tmp_path, rows[7:8], *command) == 0
+    assert read_jsonl(tmp_path / "out.jsonl") == results[0][7:8]
+
+
 def test_split_hangs_on_prompt_and_seed_alone():
     rows = [record(i, f"q{i}") for i in range(300)]
     side = [is_validation(row, 0.3, 1) for row in rows]
@@ -67,6 +61,7 @@ def test_split_hangs_on_prompt_and_seed_alone():
     assert all(not b or a for a, b in zip([is_validation(row, 0.5, 1) for row in rows], side, strict=True))  # growing F moves none back
 
 
+SAMPLED = ("--method", "verify-math", "--chosen", "sampled")
 GOOD = record(0, candidates=sampled("bad"))
 
 
@@ -86,7 +81,16 @@ GOOD = record(0, candidates=sampled("bad"))
         ([GOOD], ("--valid-fraction", 0.5), "--valid-fraction and --valid-output go together"),
         ([GOOD], ("--valid-fraction", 1.5), "must lie in [0, 1), got 1.5"),
         ([GOOD], ("--valid-fraction", 0.0001, "--valid-output", "{tmp}/v"), "v: no pair on this side"),
-        ([GOOD], ("--max-pairs-per-prompt", 0), "must be at least 1, got 0"),
+        ([GOOD], ("--max-pairs-per-prompt", 0), "--max-pairs-per-prompt must be at least 1, got 0"),
+        ([GOOD], ("--min-edit-distance", 1.5), "must be a whole number of characters or a fraction below 1, got 1.5"),
+        ([GOOD], ("--min-edit-distance", "nan"), "must be a whole number of characters"),
+        ([GOOD], ("--method", "perturb", "--noise-ratio", 0), "--noise-ratio must lie in (0, 1], got 0"),
+        ([GOOD], ("--method", "perturb", "-n", 0), "--n must be at least 1, got 0"),
+        ([GOOD], ("--noise-ratio", 0.2), "--noise-ratio: --method lppc does not use it (perturb)"),
+        ([GOOD], ("--chosen", "sampled"), "--chosen: --method lppc does not use it (verify-math)"),
+        ([GOOD], ("--method", "perturb", "--score-field", "x"), "--score-field: --method perturb does not use it (scores)"),
+        ([GOOD, record(1) | {"chosen": " "}], ("--method", "perturb"), "in.jsonl:2: an empty chosen answer cannot be perturbed"),
+        ([GOOD], ("--method", "judged"), "invalid choice: 'judged'"),
     ],
 )
 def test_bad_input(tmp_path, fails, records, more, message):
@@ -103,34 +107,16 @@ def test_existing_output(tmp_path, fails):
     assert (tmp_path / "out.jsonl").read_text() == "mine"
 
 
-def test_verified_leaves_out_what_is_right():
-    tally = Tally()
-    samples = sampled("7+5=12\n#### 12", "other words\n#### 12", "#### 13", "#### 12", cut=(3,))
-    result = select_verified(record(0, chosen="7+5=12\n#### 12", candidates=samples), "f:1", None, tally)
-    assert result is not None and (result["rejected"], result["rejected_ended"]) == (["#### 13", "#### 12"], [True, False])
-    assert tally.left_out["right_candidate"] == 2
-
-
-def test_judged_takes_both_sides_from_samples():
-    tally = Tally()
-    samples = sampled("#### 13", "so\n#### 12", "thus\n#### 12", "#### 14", "#### 15", cut=(4,))
-    result = select_judged(record(0, chosen="7+5=12\n#### 12", rejected=["given"], candidates=samples), "f:1", None, tally)
-    assert result is not None and (result["chosen"], result["rejected"]) == ("so\n#### 12", ["#### 13", "#### 14"])
-    assert tally.left_out["cut_candidate"] == 1
-    assert select_judged(record(0, chosen="#### 12", candidates=sampled("#### 13")), "f:1", None, tally) is None
-    assert tally.left_out["no_right_candidate"] == 1
-
-
 def test_an_answer_without_a_number_cannot_judge(fails, tmp_path):
     rows = write_jsonl(tmp_path / "in.jsonl", [record(0, chosen="none", candidates=sampled("#### 1"))])
-    line = fails(main, "--input", rows, "--output", tmp_path / "out.jsonl", "--method", "verified")
+    line = fails(main, "--input", rows, "--output", tmp_path / "out.jsonl", "--method", "verify-math")
     assert "in.jsonl:1: the reference answer has no final number" in line
 
 
 def test_swapped_labels(tmp_path, capsys):
     """About the fraction asked for, the same ones every time, and those whole pairs turned round."""
     rows = [record(i, f"question {i}", chosen=f"#### {i}", candidates=sampled(f"so #### {i}", f"#### {i + 1}")) for i in range(500)]
-    assert stage(tmp_path, rows, "--method", "judged", "--max-pairs-per-prompt", "1", "--swap-fraction", "0.2") == 0
+    assert stage(tmp_path, rows, *SAMPLED, "--max-pairs-per-prompt", "1", "--swap-fraction", "0.2") == 0
     first = read_jsonl(tmp_path / "out.jsonl")
     swapped = [row for row in first if row.get("swapped")]
     assert 70 < len(swapped) < 130 and len(first) == 500
@@ -139,7 +125,7 @@ def test_swapped_labels(tmp_path, capsys):
         number = int(row["id"].removeprefix("r"))
         sides = [f"so #### {number}", f"#### {number + 1}"]
         assert [row["chosen"], *row["rejected"]] == (sides[::-1] if row.get("swapped") else sides) and row["rejected_ended"] == [True]
-    assert stage(tmp_path, rows, "--method", "judged", "--max-pairs-per-prompt", "1", "--swap-fraction", "0.2", "--overwrite") == 0
+    assert stage(tmp_path, rows, *SAMPLED, "--max-pairs-per-prompt", "1", "--swap-fraction", "0.2", "--overwrite") == 0
     assert read_jsonl(tmp_path / "out.jsonl") == first
 
 
@@ -154,9 +140,10 @@ def test_scores_are_error_rates_against_the_answer(tmp_path):
     ("flags", "complaint"),
     [
         (["--swap-fraction", "1"], "--swap-fraction must lie in [0, 1)"),
-        (["--swap-fraction", "0.2"], "--swap-fraction needs --method judged"),
-        (["--swap-fraction", "0.2", "--method", "judged"], "--swap-fraction needs"),
-        (["--swap-fraction", "0.2", "--method", "judged", "--max-pairs-per-prompt", "1", "--scores"], "--scores: a swapped pair"),
+        (["--swap-fraction", "0.2"], "--swap-fraction needs --chosen sampled"),
+        ([*SAMPLED, "--swap-fraction", "0.2"], "--swap-fraction needs"),
+        ([*SAMPLED, "--swap-fraction", "0.2", "--max-pairs-per-prompt", "1", "--scores"], "--scores: a swapped pair"),
+        (["--method", "scores", "--scores"], "give one of the two"),
     ],
 )
 def test_swaps_that_make_no_sense(fails, tmp_path, flags, complaint):

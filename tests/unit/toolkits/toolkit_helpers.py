@@ -38,3 +38,8 @@ def record(i: int, question: str = "", chosen: str = "", **more) -> dict:
     """One normalised record."""
     prompt = [{"role": "user", "content": question or QUESTIONS[i % len(QUESTIONS)]}]
     return {"id": f"r{i}", "prompt": prompt, "chosen": chosen or f"{i}+1={i + 1}\n#### {i + 1}", "rejected": []} | more
+
+
+def sampled(*texts: str, cut: tuple[int, ...] = ()) -> list[dict]:
+    """Candidates; those whose number is in `cut` reached the length limit."""
+    return [{"text": text, "finish_reason": "length" if i in cut else "stop"} for i, text in enumerate(texts)]
