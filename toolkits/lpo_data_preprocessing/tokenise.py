@@ -20,6 +20,18 @@ from toolkits.lpo_data_preprocessing.records import Message
 END_OF_TEXT = "<|endoftext|>"
 
 
+def load_tokenizer(folder: str | Path) -> Any:
+    """The transformers tokenizer in a local folder, whose code is never run; ValueError if there is none."""
+    if not Path(folder).is_dir():
+        raise ValueError(f"{folder}: no such folder (a local Hugging Face tokenizer is needed)")
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder}: not a loadable tokenizer ({error!s:.200})") from None
+
+
 class ChatTokenizer:
     """A Hugging Face tokenizer with a chat template, plus the token that ends a response."""
 
@@ -28,14 +40,7 @@ class ChatTokenizer:
 
         ValueError if it is none, has no chat template or lacks the end token.
         """
-        if not Path(folder).is_dir():
-            raise ValueError(f"{folder}: no such folder (a local Hugging Face tokenizer is needed)")
-        from transformers import AutoTokenizer
-
-        try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"{folder}: not a loadable tokenizer ({error!s:.200})") from None
+        self.tokenizer = load_tokenizer(folder)
         if not self.tokenizer.chat_template:
             raise ValueError(f"{folder}: the tokenizer has no chat template")
         self.end_id = self._token_id(response_end, folder)
