@@ -15,8 +15,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import fields, replace
+from pathlib import Path
 
 from megatron_patch.evaluation.error_rates import character_error_rate
+from toolkits.lpo_data_preprocessing.finished import Ingredients, make_once
 from toolkits.lpo_data_preprocessing.records import (
     Record,
     StageParser,
@@ -28,7 +30,6 @@ from toolkits.lpo_data_preprocessing.records import (
     jsonl_writer,
     progress,
     read_records,
-    refuse_existing,
     run_stage,
 )
 from toolkits.lpo_data_preprocessing.selection import METHODS, LeftOut, Options, Selection
@@ -143,9 +144,13 @@ def _check(args: argparse.Namespace) -> None:
 def _run(args: argparse.Namespace) -> str:
     _check(args)
     _options(args)
+    if not Path(args.input).is_file():
+        raise ValueError(f"{args.input}: no such file")
     outputs = [args.output] + ([args.valid_output] if args.valid_output else [])
-    for output in outputs:
-        refuse_existing(output, args.overwrite)
+    return make_once(args, Ingredients([Path(args.input)], list(map(Path, outputs))), lambda: _select(args, outputs))
+
+
+def _select(args: argparse.Namespace, outputs: Sequence[str]) -> str:
     tally, pairs = Tally(), dict.fromkeys(outputs, 0)
     with ExitStack() as stack:
         write = {output: stack.enter_context(jsonl_writer(output)) for output in outputs}
