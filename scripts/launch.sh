@@ -120,6 +120,8 @@ spread() {
 
 supervise() { "$@" & wait_for $!; }
 
+trap 'exit 75' TERM # when what is in the foreground has ended
+
 # The exit code of a job of this shell. Meanwhile SIGTERM (a user's kill, a preemption) goes on to it and its fellows, and USR1 (SLURM's
 # warning before the time limit) to what they started.
 wait_for() {
@@ -127,7 +129,8 @@ wait_for() {
   trap 'terminated=1; pass_on TERM "${@:-$job}" $(descendants "$job")' TERM
   trap 'pass_on USR1 $(descendants "$job")' USR1
   while wait "$job" || code=$?; kill -0 "$job" 2>/dev/null; do code=0; done # a trapped signal ends wait early
-  trap - TERM USR1
+  trap 'exit 75' TERM
+  trap - USR1
   return "$code"
 }
 

@@ -59,7 +59,7 @@ END
 
 up() {
   have_slurm || install_slurm || { echo "[error] slurm-wlm and munge are not installed, and root with apt-get is needed to install them" >&2; exit 3; }
-  PORT=${LOCAL_SLURM_PORT:-17000}
+  PORT=${LOCAL_SLURM_PORT:-$((20000 + RANDOM % 12000))}
   mkdir -p "$dir/state" "$dir/spool-n1" "$dir/spool-n2"
   configure
   (umask 077; head -c 128 /dev/urandom >"$dir/munge.key")

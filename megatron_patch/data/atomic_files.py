@@ -4,6 +4,7 @@ The same folder, because a rename is atomic only within one file system. The tem
 file do not spoil each other's bytes, the last rename wins.
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -32,6 +33,12 @@ def atomic_path(final: str | Path) -> Iterator[Path]:
 def temporary_path(final: Path) -> Path:
     """The hidden name under which this process writes `final`."""
     return final.with_name(f".{final.name}.tmp-{os.getpid()}")
+
+
+def remove_stale(final: Path) -> None:
+    """Remove what killed writers of `final` left; nobody may be writing it now."""
+    for path in final.parent.glob(f".{glob.escape(final.name)}.tmp-*"):
+        path.unlink(missing_ok=True)
 
 
 def flush(path: Path) -> None:

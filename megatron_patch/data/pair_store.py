@@ -18,7 +18,6 @@ import hashlib
 import json
 import logging
 import os
-import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -211,7 +210,6 @@ class PairStoreWriter:
             "tokens": self._tokens, "scored_tokens": self._scored_tokens, "dropped": dict(sorted(self.dropped.items())),
             "tokenizer": tokenizer, "template": template, "sources": sources, "seed": seed, "options": options or {},
             "limits": limits or {}, "files": {suffix: _describe(self._temporary(suffix)) for suffix in _DATA_SUFFIXES},
-            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }  # fmt: skip
         self._publish(manifest)
         return manifest
@@ -308,7 +306,7 @@ class PairStore:
 
     @property
     def fingerprint(self) -> str:
-        """Hex sha256 of what the store holds (its files, kind, tokenizer, template), whatever its path and the time it was made."""
+        """Hex sha256 of what the store holds (its files, kind, tokenizer, template), whatever its path."""
         identity = {key: self.manifest[key] for key in _IDENTITY}
         identity |= {name: self.manifest[name]["fingerprint"] for name in ("tokenizer", "template")}
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

@@ -221,6 +221,8 @@ def _run(args: argparse.Namespace) -> str:
             shutil.rmtree(blocks.folder, ignore_errors=True)  # an interruption may have left it
         return f"finished before with the same plan, kept -> {args.output}"
     blocks.open(plan)
+    if not args.shard:
+        finished.remove_stale()
     found, made = (0, 0) if args.merge else _make_blocks(args, blocks, records, tokenizer)
     if args.shard:
         return f"shard {args.shard}: {found} blocks found, {made} made -> {blocks.folder} (--merge puts the output together)"

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_patch.data.atomic_files import read_json, sha256_file, write_json
+from megatron_patch.data.atomic_files import read_json, remove_stale, sha256_file, write_json
+from toolkits.lpo_data_preprocessing.records import tally_path
 
 Plan = Mapping[str, Any]
 OTHERWISE = "use another OUTPUT (--output) or --overwrite"
@@ -77,8 +78,14 @@ class Finished:
 
     def begin(self, plan: Plan) -> None:
         """Say whose the output will be. What is there already keeps its plan: it stays finished until it is replaced."""
+        self.remove_stale()
         if not self.path.exists():
             write_json(self.path, {"plan": dict(plan), "outputs": None})
+
+    def remove_stale(self) -> None:
+        """Remove the temporary files of killed writers."""
+        for path in (*self.files, self.path, tally_path(self.output)):
+            remove_stale(path)
 
     def record(self, plan: Plan) -> None:
         """Say that the output is finished."""

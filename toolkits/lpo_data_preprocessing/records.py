@@ -251,10 +251,15 @@ def run_stage(parser: StageParser, run: Callable[[argparse.Namespace], str], arg
     return 0
 
 
+def tally_path(output: str | Path) -> Path:
+    """Where a stage's counts are kept."""
+    return Path(f"{output}.tally.json")
+
+
 def close_stage(tally: Tally, output: str | Path) -> str:
     """Write the counts to ``<output>.tally.json`` and return them for the terminal: a summary line and the table under it."""
     reasons = {"dropped": dict(tally.dropped), "left_out": dict(tally.left_out), "altered": dict(tally.altered)}
-    write_json(Path(f"{output}.tally.json"), {"unit": tally.unit, "read": tally.read, "kept": tally.kept, **reasons})
+    write_json(tally_path(output), {"unit": tally.unit, "read": tally.read, "kept": tally.kept, **reasons})
     lost, left_out = sum(tally.dropped.values()), sum(tally.left_out.values())
     summary = f"{tally.read} {tally.unit} read, {tally.kept} kept, {lost} dropped, {left_out} left out -> {output}"
     return f"{summary}\n{tally.table()}".strip()

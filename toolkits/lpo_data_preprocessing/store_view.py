@@ -192,7 +192,7 @@ class StoreView:
             "tokens": f"{manifest.get('tokens', '?')}, {manifest.get('scored_tokens', '?')} of them scored",
             "limits": ", ".join(f"{name} {value}" for name, value in manifest.get("limits", {}).items()) or "none",
             "options": self._options(),
-            "made": f"{manifest.get('created', '?')} from {sources or '?'}",
+            "made": f"from {sources or '?'}",
             "tokenizer": f"{manifest['tokenizer'].get('path', '?')} (fingerprint {manifest['tokenizer']['fingerprint'][:12]})",
         }
         return facts | ({"scores": self._scores(), "reference": self._reference()} if self.kind == "pairs" else {})
