@@ -2,9 +2,10 @@
 # The mechanics every job shares; sourced by the run scripts, which hold the choices. Needs $ROOT, the repository.
 #   launch NAME OUTPUT ENTRY FLAGS...   check the flags in one process, then run ENTRY on every device, under SLURM or without
 #   spread PER_NODE COMMAND...          COMMAND PER_NODE times on every node, numbered by SLURM_PROCID or RANK
+#   sharded PER_NODE PYTHON WORDS...    a stage that knows --shard and --merge, spread
 #   supervise COMMAND...                COMMAND, with SIGTERM to this shell passed on to it
-# Environment: CONFIG (a file with more of these), DEVICE (auto, cuda or cpu: the one switch between GPUs and CPU), NPROC_PER_NODE (default: the GPUs of a node that
-# CUDA_VISIBLE_DEVICES leaves, else 1), MASTER_PORT, PRECISION (bf16 on GPUs, fp32 on the CPU).
+# Environment: CONFIG (a file with more of these), DEVICE (auto, cuda or cpu: the one switch between GPUs and CPU), NPROC_PER_NODE
+# (default: the GPUs of a node that CUDA_VISIBLE_DEVICES leaves, else 1), MASTER_PORT, PRECISION (bf16 on GPUs, fp32 on the CPU).
 # The terminal shows lines that start with "[" (one a stage, a step or an error); everything goes to OUTPUT/logs/NAME.log.
 # SLURM does not hand --cpus-per-task on to srun; this file does.
 # Exit code: 0 finished, 2 a user's error, 75 preempted (please requeue), 1 anything else.
@@ -116,6 +117,16 @@ spread() {
   done
   for number in "${jobs[@]}"; do wait_for "$number" "${jobs[@]}" || code=$?; done
   return "$code"
+}
+
+# One process makes everything, or each of several its share and one more puts them together.
+sharded() {
+  if [ $((NNODES * $1)) = 1 ]; then
+    spread "$@"
+  else
+    spread "$@" --shard auto
+    supervise "$PYTHON" "${@:3}" --merge
+  fi
 }
 
 supervise() { "$@" & wait_for $!; }

@@ -16,10 +16,8 @@
 #SBATCH --open-mode=append
 set -euo pipefail
 
-# SLURM runs a copy of this file from its spool, so the repository is looked for from the submit folder upwards as well.
-for ROOT in "$(dirname "${BASH_SOURCE[0]}")/../.." "${SLURM_SUBMIT_DIR:-.}" "${SLURM_SUBMIT_DIR:-.}/.." "${SLURM_SUBMIT_DIR:-.}/../.."; do
-  [ -f "$ROOT/scripts/launch.sh" ] && break
-done
+ROOT=$(dirname "${BASH_SOURCE[0]}")/../.. # SLURM runs a copy in its spool, but knows where the file was
+[ -f "$ROOT/scripts/launch.sh" ] || ROOT=$(dirname "$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(.*\.sh\).*|\1|p')")/../..
 ROOT=$(cd "$ROOT" && pwd)
 # shellcheck source-path=SCRIPTDIR source=../../scripts/launch.sh
 source "$ROOT/scripts/launch.sh"

@@ -83,3 +83,82 @@ def test_quickstart_removes_only_what_a_quickstart_made(tmp_path: Path) -> None:
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith(f"[error] {tmp_path}/mine exists and no quickstart made it")
     assert (tmp_path / "mine/thesis.txt").exists()
+
+
+def shell(tmp_path: Path, script: str, stubs: dict[str, str], **environment: str) -> subprocess.CompletedProcess[str]:
+    """A script after launch.sh, among stand-ins for programs; each stand-in's body is bash."""
+    for name, body in stubs.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    fixed = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "ROOT": "/repository", "HOME": str(tmp_path), "DEVICE": "cpu", "PYTHON": "python3"}
+    source = f"set -euo pipefail; source {ROOT}/scripts/launch.sh; {script}"
+    return subprocess.run(["bash", "-c", source], cwd=tmp_path, env=fixed | environment, capture_output=True, text=True)
+
+
+RECORD = 'echo "$(basename "$0") $*"'
+PYXIS = {"srun": f'[ "$1" = --help ] && {{ echo "      --container-image=IMAGE"; exit; }}\n{RECORD}', "apptainer": RECORD}
+
+
+@pytest.mark.parametrize(
+    ("stubs", "image", "environment", "shown"),
+    [
+        (PYXIS, "", {}, "work 1"),
+        (PYXIS, "", {"SLURM_JOB_ID": "7"}, "srun --ntasks=1 --ntasks-per-node=1 work 1"),
+        (PYXIS, "a.sqsh", {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2"},
+         "srun --ntasks=2 --ntasks-per-node=1 --container-image=a.sqsh --container-mounts=/repository:/repository,HERE:HERE work 1"),
+        (PYXIS, "a.sif", {}, "apptainer exec --nv --bind /repository:/repository,HERE:HERE a.sif work 1"),
+        ({"srun": RECORD, "apptainer": RECORD}, "a.sif", {"SLURM_JOB_ID": "7", "CONTAINER_MOUNTS": "/data:/data"},
+         "srun --ntasks=1 --ntasks-per-node=1 apptainer exec --nv --bind /data:/data a.sif work 1"),
+    ],
+)  # fmt: skip
+def test_in_an_image(tmp_path: Path, stubs: dict[str, str], image: str, environment: dict[str, str], shown: str) -> None:
+    """Stand-ins that print their arguments: no container was ever run here."""
+    done = shell(tmp_path, f"in_image '{image}'; spread 1 work 1", {**stubs, "work": RECORD}, **environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == shown.replace("HERE", str(tmp_path))
+
+
+def test_an_image_that_nothing_can_run(tmp_path: Path) -> None:
+    done = shell(tmp_path, "in_image a.sif; spread 1 work", {"work": RECORD})
+    assert done.returncode == 2 and done.stderr == "[error] an image (a.sif) needs pyxis or apptainer, and neither is here\n"
+
+
+def test_spread_numbers_its_processes(tmp_path: Path) -> None:
+    done = shell(tmp_path, "spread 3 work", {"work": 'echo "$RANK $LOCAL_RANK $WORLD_SIZE"'})
+    assert sorted(done.stdout.splitlines()) == ["0 0 3", "1 1 3", "2 2 3"]
+
+
+def test_shards_are_put_together_by_one_more(tmp_path: Path) -> None:
+    stubs = {"python3": RECORD, "other": RECORD}
+    assert shell(tmp_path, "sharded 1 other stage x", stubs).stdout == "other stage x\n"
+    lines = shell(tmp_path, "sharded 2 other stage x", stubs).stdout.splitlines()
+    assert lines == ["other stage x --shard auto"] * 2 + ["python3 stage x --merge"]
+
+
+@pytest.mark.parametrize("failing", ["0", "1"])
+def test_a_failing_share_is_the_whole_s_failure(tmp_path: Path, failing: str) -> None:
+    done = shell(tmp_path, "sharded 2 work stage; echo done", {"work": f'[ "$RANK" != {failing} ] || exit 7'})
+    assert done.returncode == 7 and done.stdout == ""
+
+
+def test_a_file_of_choices(tmp_path: Path) -> None:
+    (tmp_path / "job.env").write_text("# choices\n\nN=4\nINPUT=/data/a b.jsonl\nDEVICE=cuda\nEMPTY=1")
+    done = shell(tmp_path, 'echo "$N|$INPUT|$DEVICE|$EMPTY"', {}, CONFIG="job.env", EMPTY="")
+    assert done.returncode == 0 and done.stdout == "4|/data/a b.jsonl|cpu|\n", done.stderr
+    (tmp_path / "job.env").write_text("N=4\nrm -rf x\n")
+    done = shell(tmp_path, "echo here", {}, CONFIG="job.env")
+    assert done.returncode == 2 and done.stderr == "[error] job.env:2: not NAME=VALUE: rm -rf x\n" and done.stdout == ""
+    assert shell(tmp_path, "echo here", {}, CONFIG="nowhere.env").stderr == "[error] CONFIG: no file nowhere.env\n"
+
+
+def test_slurm_s_cpus_reach_srun(tmp_path: Path) -> None:
+    assert shell(tmp_path, 'echo "${SRUN_CPUS_PER_TASK:-none}"', {}).stdout == "none\n"
+    assert shell(tmp_path, "env | grep ^SRUN_CPUS_PER_TASK", {}, SLURM_CPUS_PER_TASK="6").stdout == "SRUN_CPUS_PER_TASK=6\n"
+
+
+def test_the_port_is_the_job_s(tmp_path: Path) -> None:
+    """Two jobs on one node do not meet; the first node's address, not its name, is where the others look for it."""
+    scontrol = 'case $2 in hostnames) printf "n7\\nn8\\n" ;; node) echo "NodeName=$3 Arch=x NodeAddr=10.0.0.7 NodeHostName=n7" ;; esac'
+    stubs = {"scontrol": scontrol, "srun": RECORD}
+    environment = {"SLURM_JOB_ID": "41234", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "n[7-8]"}
+    assert "--rdzv-endpoint 10.0.0.7:21234 " in shell(tmp_path, "run_torch entry", stubs, **environment).stdout
