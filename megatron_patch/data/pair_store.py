@@ -22,16 +22,17 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from megatron_patch.data.atomic_files import atomic_path, flush, read_json, sha256_file, temporary_path, write_json
+from megatron_patch.data.indexed_file import IndexedFile
+from megatron_patch.data.store_columns import ColumnBuilder, Columns
 
 FORMAT = "lpo-pair-store"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 KINDS = ("pairs", "sft", "text")
 Tokens = Sequence[int] | np.ndarray
 _DATA_SUFFIXES = (".bin", ".idx", ".meta.npz")
@@ -54,58 +55,32 @@ def _indexed_dataset() -> Iterator[Any]:
         logging.disable(silenced)
 
 
-@dataclass(frozen=True)
-class Columns:
-    """Per-document columns, in the order of the documents (N of them)."""
+class Document(NamedTuple):
+    """One document to be written; `PairStoreWriter.add` says what the columns are."""
 
-    id: list[str]
-    """Unique within the store."""
-    group: list[str]
-    """Samples of one prompt share it; "" where the maker gave none."""
-    scores: np.ndarray
-    """float64 [N, 2]: chosen, rejected; NaN where unscored."""
-    source_line: np.ndarray
-    """int64 [N]: 1-based line of the input file, -1 where unknown."""
-
-    def save(self, path: Path) -> None:
-        """Write the columns as an .npz (strings as UTF-8 bytes with offsets, so one long id does not widen all the others)."""
-        with open(path, "wb") as stream:
-            np.savez(stream, **_pack("id", self.id), **_pack("group", self.group), scores=self.scores, source_line=self.source_line)
-
-    @classmethod
-    def load(cls, path: Path) -> "Columns":
-        """Read what `save` wrote."""
-        with np.load(path, allow_pickle=False) as arrays:
-            return cls(_unpack("id", arrays), _unpack("group", arrays), arrays["scores"], arrays["source_line"])
+    tokens: np.ndarray
+    """int32, its sequences end to end."""
+    lengths: tuple[int, ...]
+    """Tokens of each sequence."""
+    id: str
+    group: str = ""
+    scores: tuple[float, float] | None = None
+    source_line: int = -1
 
 
-def _pack(name: str, strings: Sequence[str]) -> dict[str, Any]:
-    encoded = [string.encode("utf-8") for string in strings]
-    ends = np.cumsum([len(item) for item in encoded], dtype=np.int64)
-    return {f"{name}_utf8": np.frombuffer(b"".join(encoded), dtype=np.uint8), f"{name}_ends": ends}
-
-
-def _unpack(name: str, arrays: Any) -> list[str]:
-    data, ends = arrays[f"{name}_utf8"].tobytes(), arrays[f"{name}_ends"].tolist()
-    return [data[start:end].decode("utf-8") for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-
-
-def _check_document(kind: str, sequences: Sequence[np.ndarray], id: str) -> None:
+def _check_document(kind: str, lengths: Sequence[int], id: str) -> None:
     if kind == "pairs":
-        if len(sequences) != 3:
-            raise ValueError(f"pair {id!r}: {len(sequences)} sequences given, a pair has 3 (prompt, chosen, rejected)")
-        must_hold = dict(zip(("prompt", "chosen", "rejected"), sequences, strict=True))
-    elif kind == "sft":
-        if not sequences or len(sequences) % 2:
-            raise ValueError(f"document {id!r}: {len(sequences)} sequences given, sft alternates unscored and scored ones")
-        must_hold = {f"scored sequence {i}": sequence for i, sequence in enumerate(sequences) if i % 2}
-    else:
-        must_hold = {f"sequence {i}": sequence for i, sequence in enumerate(sequences)}
-    for name, sequence in must_hold.items():
-        if len(sequence) == 0:
-            raise ValueError(f"{'pair' if kind == 'pairs' else 'document'} {id!r}: empty {name}")
-    if not must_hold:
+        if len(lengths) != 3:
+            raise ValueError(f"pair {id!r}: {len(lengths)} sequences given, a pair has 3 (prompt, chosen, rejected)")
+    elif kind == "sft" and (not lengths or len(lengths) % 2):
+        raise ValueError(f"document {id!r}: {len(lengths)} sequences given, sft alternates unscored and scored ones")
+    if not lengths:
         raise ValueError(f"document {id!r}: no sequences")
+    empty = [i for i, length in enumerate(lengths) if length == 0 and (kind != "sft" or i % 2)]
+    if empty:
+        names = {"pairs": ("prompt", "chosen", "rejected")}.get(kind)
+        name = names[empty[0]] if names else f"{'scored ' if kind == 'sft' else ''}sequence {empty[0]}"
+        raise ValueError(f"{'pair' if kind == 'pairs' else 'document'} {id!r}: empty {name}")
 
 
 def _as_tokens(sequence: Tokens, id: str) -> np.ndarray:
@@ -134,27 +109,22 @@ class PairStoreWriter:
         if _file(self.prefix, ".json").exists() and not overwrite:
             raise ValueError(f"{_file(self.prefix, '.json')}: store exists already, give another name or ask to overwrite it")
         self.dropped: Counter[str] = Counter()
-        self._ids: dict[str, None] = {}
-        self._groups: list[str] = []
-        self._scores: list[tuple[float, float]] = []
-        self._source_lines: list[int] = []
-        self._tokens = 0
+        self._columns = ColumnBuilder()
         self._scored_tokens = 0
-        self._builder: Any = None
+        self._sequences: IndexedFile
 
     def __enter__(self) -> "PairStoreWriter":
         self.prefix.parent.mkdir(parents=True, exist_ok=True)
-        with _indexed_dataset() as upstream:
-            self._builder = upstream.IndexedDatasetBuilder(str(self._temporary(".bin")), dtype=np.int32)
+        self._sequences = IndexedFile(self._temporary(".bin"))
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._builder.data_file.close()
+        self._sequences.close()
         for suffix in _DATA_SUFFIXES:
             self._temporary(suffix).unlink(missing_ok=True)
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return len(self._columns)
 
     def _temporary(self, suffix: str) -> Path:
         return temporary_path(_file(self.prefix, suffix))
@@ -167,18 +137,18 @@ class PairStoreWriter:
         `id` unique in the store; `group` ties samples of one prompt; `scores` of (chosen, rejected), any unit; `source_line` 1-based.
         Raises ValueError, naming the id, for an empty or missing sequence, a token id outside int32 and an id given twice.
         """
-        if not id or id in self._ids:
-            raise ValueError(f"id {id!r} is empty" if not id else f"id {id!r} is in the store already")
         arrays = [_as_tokens(sequence, id) for sequence in sequences]
-        _check_document(self.kind, arrays, id)
-        lengths = [len(array) for array in arrays]
-        self._builder.add_document(np.concatenate(arrays), lengths)
-        self._ids[id] = None
-        self._groups.append(group)
-        self._scores.append((float("nan"), float("nan")) if scores is None else (float(scores[0]), float(scores[1])))
-        self._source_lines.append(source_line)
-        self._tokens += sum(lengths)
-        self._scored_tokens += sum(lengths[_scored(self.kind)])
+        tokens = np.concatenate(arrays) if arrays else np.zeros(0, dtype=np.int32)
+        self.write(Document(tokens, tuple(map(len, arrays)), id, group, scores, source_line))
+
+    def write(self, document: Document) -> None:
+        """`add` for a document whose token ids are known to be int32, none negative."""
+        if not document.id:
+            raise ValueError(f"id {document.id!r} is empty")
+        _check_document(self.kind, document.lengths, document.id)
+        self._columns.add(document.id, document.group, document.scores, document.source_line)
+        self._sequences.add(document.tokens, document.lengths)
+        self._scored_tokens += sum(document.lengths[_scored(self.kind)])
 
     def drop(self, reason: str, count: int = 1) -> None:
         """Count records left out under `reason`; the manifest and the stage's table show them."""
@@ -202,12 +172,12 @@ class PairStoreWriter:
         for name, value in (("tokenizer", tokenizer), ("template", template)):
             if not value.get("fingerprint"):
                 raise ValueError(f"{self.prefix}: the {name} entry of a manifest needs a fingerprint, got {value!r}")
-        if not self._ids:
+        if not len(self):
             raise ValueError(f"{self.prefix}: nothing to keep, {sum(self.dropped.values())} dropped ({_counts(self.dropped)})")
         self._finish_data()
         manifest = {
-            "format": FORMAT, "format_version": FORMAT_VERSION, "kind": self.kind, "count": len(self._ids),
-            "tokens": self._tokens, "scored_tokens": self._scored_tokens, "dropped": dict(sorted(self.dropped.items())),
+            "format": FORMAT, "format_version": FORMAT_VERSION, "kind": self.kind, "count": len(self),
+            "tokens": self._sequences.tokens, "scored_tokens": self._scored_tokens, "dropped": dict(sorted(self.dropped.items())),
             "tokenizer": tokenizer, "template": template, "sources": sources, "seed": seed, "options": options or {},
             "limits": limits or {}, "files": {suffix: _describe(self._temporary(suffix)) for suffix in _DATA_SUFFIXES},
         }  # fmt: skip
@@ -215,11 +185,8 @@ class PairStoreWriter:
         return manifest
 
     def _finish_data(self) -> None:
-        self._builder.finalize(str(self._temporary(".idx")))
-        columns = Columns(
-            list(self._ids), self._groups, np.array(self._scores, dtype=np.float64), np.array(self._source_lines, dtype=np.int64)
-        )
-        columns.save(self._temporary(".meta.npz"))
+        self._sequences.finish(self._temporary(".idx"))
+        self._columns.save(self._temporary(".meta.npz"))
         for suffix in _DATA_SUFFIXES:
             flush(self._temporary(suffix))
 

@@ -17,7 +17,7 @@ from toolkits.lpo_data_preprocessing.records import tally_path
 Plan = Mapping[str, Any]
 OTHERWISE = "use another OUTPUT (--output) or --overwrite"
 # Flags that say where things are or what to do about an output that is there; all others decide what is in it.
-PLACES = ("input", "output", "valid_output", "tokenizer", "overwrite", "update")
+PLACES = ("input", "output", "valid_output", "tokenizer", "overwrite", "update", "workers")
 
 
 @dataclass(frozen=True)

@@ -276,8 +276,8 @@ class _Lines:
         sys.stderr.flush()
 
 
-def progress(items: Iterable[Any], *, what: str, unit: str, total: int | None = None, initial: int = 0) -> Any:
-    """A progress bar on stderr; a line every 30 s where stderr is not a terminal."""
+def progress(items: Iterable[Any] | None, *, what: str, unit: str, total: int | None = None, initial: int = 0) -> Any:
+    """A progress bar on stderr; a line every 30 s where stderr is not a terminal. Without items its `update` is for the caller to call."""
     terminal = sys.stderr.isatty()
     return tqdm(
         items, desc=what, unit=unit, total=total, initial=initial, file=sys.stderr if terminal else _Lines(), leave=False,

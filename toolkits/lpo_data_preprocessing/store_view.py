@@ -56,8 +56,8 @@ class Sample:
 
     number: int
     id: str
-    group: str
-    """Samples of one prompt share it."""
+    group: int
+    """Number of the first sample of the same prompt; -1: unknown."""
     line: int
     """Of the input file, from 1; -1: unknown."""
     scores: tuple[float, float] | None
@@ -66,7 +66,7 @@ class Sample:
 
     def about(self) -> list[str]:
         """Where it comes from, as far as the store knows."""
-        known = {f"id {self.id}": True, f"line {self.line}": self.line >= 0, f"prompt {self.group}": bool(self.group)}
+        known = {f"id {self.id}": True, f"line {self.line}": self.line >= 0, f"prompt of {self.group}": self.group >= 0}
         scores = [f"scores {self.scores[0]:g}, {self.scores[1]:g}"] if self.scores else []
         return [text for text, is_known in known.items() if is_known] + scores
 
@@ -139,7 +139,7 @@ class StoreView:
         parts = tuple(self._part(name, scored, ids, logp) for (name, scored), ids, logp in named)
         scores = columns.scores[number]
         return Sample(
-            number, columns.id[number], columns.group[number], int(columns.source_line[number]),
+            number, columns.id[number], int(columns.group[number]), int(columns.source_line[number]),
             None if np.isnan(scores).any() else (float(scores[0]), float(scores[1])), parts,
         )  # fmt: skip
 
@@ -185,7 +185,7 @@ class StoreView:
         manifest = self.manifest
         sources = ", ".join(f"{source['path']} ({source.get('records', '?')} records)" for source in manifest.get("sources", []))
         dropped = ", ".join(f"{reason} {count}" for reason, count in sorted(manifest.get("dropped", {}).items()))
-        prompts = set(self.store.columns.group) - {""}
+        prompts = set(self.store.columns.group.tolist()) - {-1}
         facts = {
             "kept": f"{len(self)} {self.unit}s" + (f" of {len(prompts)} prompts" if prompts else ""),
             "dropped": dropped or "none",

@@ -4,6 +4,9 @@ A prompt is what the chat template renders with the generation prompt. A respons
 without the newline the template writes after it and without `<|endoftext|>`: exactly what a model produces, so exactly what is scored.
 Prompt and response are tokenised apart, because that is how generation sees them; `follows_template` says where the template, applied to
 the whole conversation, would have merged tokens across the border.
+
+Everything is asked for many texts at once: a call of the tokenizer costs more than its work on a chat turn. The comparison with the whole
+conversation would double that work, so where the tokenizer's own rules leave no doubt (`byte_level`) only the border is looked at.
 """
 
 import hashlib
@@ -15,6 +18,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from megatron_patch.data.tokenizer_identity import tokenizer_fingerprint
+from toolkits.lpo_data_preprocessing.byte_level import is_plain_backend, word_tokenizer
 from toolkits.lpo_data_preprocessing.records import Message
 
 END_OF_TEXT = "<|endoftext|>"
@@ -45,6 +49,8 @@ class ChatTokenizer:
             raise ValueError(f"{folder}: the tokenizer has no chat template")
         self.end_id = self._token_id(response_end, folder)
         self.response_end = response_end
+        self._plain = is_plain_backend(self.tokenizer)
+        self._words = word_tokenizer(self.tokenizer)
 
     def _token_id(self, token: str, folder: str | Path) -> int:
         known = self.tokenizer.get_vocab()
@@ -70,32 +76,69 @@ class ChatTokenizer:
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """The rendered prompt up to and including the generation prompt."""
-        return self._ids(self._render(messages, add_generation_prompt=True))
+        return self.ids([self.render_prompts([messages])[0]])[0]
 
     def response_ids(self, text: str, *, ended: bool = True) -> list[int]:
         """The response's text, and the end token if the model (or the reference's author) `ended` it.
 
         A control token spelled out in the text stays text: a sample cannot end a turn or open another by writing so.
         """
-        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        return [*ids, self.end_id] if ended else ids
+        return self.responses_ids([(text, ended)])[0]
+
+    def responses_ids(self, responses: Sequence[tuple[str, bool]]) -> list[list[int]]:
+        """`response_ids` of many (text, ended)."""
+        found = self.ids([text for text, _ in responses], split_special_tokens=True)
+        return [[*ids, self.end_id] if ended else ids for ids, (_, ended) in zip(found, responses, strict=True)]
 
     def follows_template(self, messages: Sequence[Message], text: str) -> bool:
         """Whether prompt + response ids are how the template's own rendering of the whole conversation begins."""
-        ours = self.prompt_ids(messages) + self.response_ids(text)
-        whole = self._ids(self._render([*messages, {"role": "assistant", "content": text}], add_generation_prompt=False))
-        return whole[: len(ours)] == ours
+        return self.follow_template([(self.render_prompts([messages])[0], messages, text)])[0]
+
+    def follow_template(self, turns: Sequence[tuple[str, Sequence[Message], str]]) -> list[bool]:
+        """`follows_template` of many (rendered prompt, its messages, response text)."""
+        wholes = self._render([[*messages, {"role": "assistant", "content": text}] for _, messages, text in turns], prompt=False)
+        found = [
+            self._words is not None and self._words.stay_apart(prompt, text, self.response_end, whole)
+            for (prompt, _, text), whole in zip(turns, wholes, strict=True)
+        ]
+        doubtful = [i for i, clean in enumerate(found) if not clean]
+        rendered = self.ids([wholes[i] for i in doubtful])
+        prompts = self.ids([turns[i][0] for i in doubtful])
+        responses = self.responses_ids([(turns[i][2], True) for i in doubtful])
+        for i, whole, prompt, response in zip(doubtful, rendered, prompts, responses, strict=True):
+            found[i] = whole[: len(prompt) + len(response)] == prompt + response
+        return found
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of generated ids, byte for byte (no clean-up of spaces)."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        """The template's text; ValueError where it refuses the conversation (some want roles to alternate)."""
+    def render_prompts(self, prompts: Sequence[Sequence[Message]]) -> list[str]:
+        """The template's text of each prompt, the generation prompt included."""
+        return self._render(prompts, prompt=True)
+
+    def _render(self, conversations: Sequence[Sequence[Message]], *, prompt: bool) -> list[str]:
+        """The template's texts; ValueError where it refuses one of the conversations (some want roles to alternate)."""
+        if not conversations:
+            return []
         try:
-            return self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)
+            listed = [list(messages) for messages in conversations]
+            return self.tokenizer.apply_chat_template(listed, tokenize=False, add_generation_prompt=prompt)
         except TemplateError as error:
             raise ValueError(f"the chat template refuses the conversation ({error!s:.200})") from None
 
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=False)["input_ids"]
+    def ids(self, texts: Sequence[str], *, split_special_tokens: bool = False) -> list[list[int]]:
+        """Token ids of each text; control tokens spelled out in it are tokens, or text if they are to be split."""
+        words = self._words
+        known = [words.ids(text, split_special_tokens=split_special_tokens) if words else None for text in texts]
+        others = iter(self._backend_ids([text for text, ids in zip(texts, known, strict=True) if ids is None], split_special_tokens))
+        return [next(others) if ids is None else ids for ids in known]
+
+    def _backend_ids(self, texts: list[str], split_special_tokens: bool) -> list[list[int]]:
+        if not texts:
+            return []
+        if not self._plain:
+            return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=split_special_tokens)["input_ids"]
+        backend = self.tokenizer.backend_tokenizer
+        backend.encode_special_tokens = split_special_tokens
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]

@@ -25,7 +25,7 @@ def test_pairs(tiny_qwen, tmp_path):
     store, chat = build(tmp_path, tiny_qwen, records), ChatTokenizer(tiny_qwen)
     end = chat.tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert store.kind == "pairs" and store.columns.id == ["r0-0", "r0-1", "r1-0"] and store.columns.source_line.tolist() == [1, 1, 2]
-    assert store.columns.group[0] == store.columns.group[1] != store.columns.group[2]
+    assert store.columns.group.tolist() == [0, 0, 2]
     for i, (source, text, ended) in enumerate([(0, "1", True), (0, "2 <|im_end|>", False), (1, "3", True)]):
         prompt, chosen, rejected = (part.tolist() for part in store[i])
         assert prompt == chat.prompt_ids(records[source]["prompt"])
@@ -146,7 +146,7 @@ def test_existing_store_and_interruption(tiny_qwen, tmp_path, fails, monkeypatch
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ChatTokenizer, "follows_template", stop)
+    monkeypatch.setattr(ChatTokenizer, "follow_template", stop)
     with pytest.raises(KeyboardInterrupt):
         main(command(tmp_path, tiny_qwen, "--overwrite"))
     assert {name: (tmp_path / name).read_bytes() for name in files(tmp_path)} == before

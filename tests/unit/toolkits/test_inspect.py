@@ -76,7 +76,7 @@ def test_the_whole_text(store, tiny_qwen, capsys):
     first = next(i for i, line in enumerate(out) if line.endswith("(prompt + longer response)"))
     assert sum(int(line.split()[1]) for line in out[first + 1 : out.index("", first)]) == 3
     assert out[out.index("", first) + 1 :] == [
-        f"pair 1: id r0-1, line 1, prompt {PairStore(store).columns.group[0]}",
+        "pair 1: id r0-1, line 1, prompt of 0",
         f"  prompt: {prompt[0]} tokens",
         *(f"    {line}".rstrip() for line in chat.decode(chat.prompt_ids([{"role": "user", "content": "12+10?"}])).split("\n")),
         "  chosen: 3 tokens, reference -1.5000 nats, -0.5000 per token",
