@@ -20,7 +20,7 @@ import torch
 from megatron_patch.preference.inputs import LossOptions
 from megatron_patch.preference.losses import ANCHOR_CONSTANTS, LOSSES, LossSum, loss_sum
 
-TRAIN_MODES = ("finetune", "xpo")
+TRAIN_MODES = ("finetune", "pretrain", "xpo")
 DEVICES = ("auto", "cuda", "cpu")
 
 
@@ -33,7 +33,9 @@ class PatchArguments:
     """The flags of this project. ``None`` means "not given": the loss's own default holds (``--help-losses``)."""
 
     device: str = _flag("auto", "where to compute; auto refuses to fall back to the CPU when the machine has GPUs", choices=DEVICES)
-    train_mode: str = _flag("xpo", "finetune: cross-entropy of the responses; xpo: preference optimisation", choices=TRAIN_MODES)
+    train_mode: str = _flag(
+        "xpo", "finetune: cross-entropy of the responses; pretrain: of plain text; xpo: preference optimisation", choices=TRAIN_MODES
+    )
     hf_path: str | None = _flag(None, "Hugging Face folder of the initial weights (and the reference); also gives the model's shape")
     save_hf: str | None = _flag(None, "write the final weights as a Hugging Face folder in the training precision")
     pair_data: list[str] | None = _flag(None, "training stores: PREFIX... or WEIGHT PREFIX WEIGHT PREFIX...", nargs="+")
@@ -270,10 +272,10 @@ def given_losses(args: argparse.Namespace) -> LossSum:
         if args.anchor not in (None, meant):
             raise ValueError(f"--anchor {args.anchor} contradicts --{'' if args.add_sft_loss else 'no-'}add-sft-loss")
         given["anchor"] = meant
-    if args.train_mode == "finetune":
+    if args.train_mode != "xpo":
         idle = [name for name, value in given.items() if value is not None]
         if idle or tuple(args.loss_type) != PatchArguments.loss_type or args.loss_weights:
-            raise ValueError(f"--train-mode finetune has no preference loss to give {idle[0] if idle else 'a --loss-type'} to")
+            raise ValueError(f"--train-mode {args.train_mode} has no preference loss to give {idle[0] if idle else 'a --loss-type'} to")
         return ()
     return loss_sum(args.loss_type, args.loss_weights, **given)
 

@@ -34,13 +34,13 @@ from megatron_patch.evaluation import parity
 from megatron_patch.forward_step import ForwardStep, Objective, checked_finetune, checked_preference
 from megatron_patch.model.layer_specs import qwen2_block_spec
 from megatron_patch.model.qwen2 import read_qwen2_config
-from megatron_patch.objectives import finetune, preference
+from megatron_patch.objectives import finetune, preference, pretrain
 from megatron_patch.objectives.loss_statistics import LossStatistics
 from megatron_patch.objectives.preference import PreferenceObjective
 from megatron_patch.preference.losses import LossSum, loss_entry, needs_peers, needs_reference
 from megatron_patch.step_checks import StepChecks, StepZero
 
-STORE_KINDS = {"xpo": preference.STORE_KIND, "finetune": finetune.STORE_KIND}
+STORE_KINDS = {"xpo": preference.STORE_KIND, "finetune": finetune.STORE_KIND, "pretrain": pretrain.STORE_KIND}
 
 
 def check_arguments(args: argparse.Namespace) -> None:

@@ -11,11 +11,27 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer_config.json")
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """Hex sha256 of everything that turns text into ids: vocabulary, merges, added tokens, normaliser, pre-tokeniser.
 
-    ``tokenizer``: a transformers tokenizer backed by the tokenizers library.
+    ``tokenizer``: any transformers tokenizer. Of one that is not backed by the tokenizers library: its class, vocabulary, added tokens and,
+    where it has one, SentencePiece model.
     """
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    parts = {name: state.get(name) for name in ("model", "added_tokens", "normalizer", "pre_tokenizer")}
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        state = json.loads(backend.to_str())
+        parts = {name: state.get(name) for name in ("model", "added_tokens", "normalizer", "pre_tokenizer")}
+    else:
+        parts = {
+            "class": type(tokenizer).__name__,
+            "vocabulary": tokenizer.get_vocab(),
+            "added_tokens": {str(id): repr(token) for id, token in tokenizer.added_tokens_decoder.items()},
+            "pieces": _sentence_pieces(tokenizer),
+        }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _sentence_pieces(tokenizer: Any) -> str | None:
+    """Hex sha256 of a slow tokenizer's SentencePiece model."""
+    model = getattr(tokenizer, "sp_model", None)
+    return None if model is None else hashlib.sha256(model.serialized_model_proto()).hexdigest()
 
 
 def folder_tokenizer_fingerprint(folder: str | Path) -> str | None:

@@ -53,14 +53,15 @@ def make_model(folder: Path, *, tied: bool, seed: int) -> Path:
 
 
 def make_store(
-    prefix: Path, kind: str, *, count: int = PAIRS, longest: int = 20, seed: int = 0, vocabulary: int = VOCABULARY, scored: bool = True
+    prefix: Path, kind: str, *, count: int = PAIRS, longest: int = 20, seed: int = 0, vocabulary: int = VOCABULARY, scored: bool = True,
+    shortest: int = 1,
 ) -> Path:
-    """``count`` documents of random tokens; lengths from one token to ``longest``, the extremes included; pairs with scores."""
+    """``count`` documents of random tokens; lengths from ``shortest`` tokens to ``longest``, the extremes included; pairs with scores."""
     rng = np.random.default_rng(seed)
-    parts = {"pairs": 3, "sft": 2}[kind]
+    parts = {"pairs": 3, "sft": 2, "text": 1}[kind]
     with PairStoreWriter(prefix, kind) as writer:
         for i in range(count):
-            lengths = rng.integers(1, longest + 1, parts) if i > 1 else np.full(parts, (1, longest)[i])
+            lengths = rng.integers(shortest, longest + 1, parts) if i > 1 else np.full(parts, (shortest, longest)[i])
             tokens = [rng.integers(0, vocabulary, length) for length in lengths]
             scores = (float(1 + i % 5), float(-(i % 3))) if scored and kind == "pairs" else None
             writer.add(tokens, id=f"p{i:03d}", group=str(i), scores=scores)

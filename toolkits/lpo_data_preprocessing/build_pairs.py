@@ -1,4 +1,4 @@
-"""Stage 4: records -> a pair store (token ids on disk). One pair per rejected answer, or one fine-tuning sample per record.
+"""Stage 4: records -> a pair store (token ids on disk). One pair per rejected answer, one fine-tuning sample or one text a record.
 
 Lengths are limited here and nowhere later: a pair whose prompt + response exceeds --max-length tokens is dropped under a reason, or its
 prompt is cut from the left on request. A response is never cut: a cut response is another response, and its reference log-prob another.
@@ -18,9 +18,10 @@ from megatron_patch.data.pair_store import PairStoreWriter
 from toolkits.lpo_data_preprocessing.documents import Chunk, Outcome, Settings, document_maker
 from toolkits.lpo_data_preprocessing.finished import Ingredients, make_once
 from toolkits.lpo_data_preprocessing.records import StageParser, Tally, close_stage, progress, read_lines, run_stage
-from toolkits.lpo_data_preprocessing.tokenise import ChatTokenizer
+from toolkits.lpo_data_preprocessing.tokenise import END_OF_TEXT, ChatTokenizer
 from toolkits.lpo_data_preprocessing.worker_pool import ordered_map, start_server, usable_cpus
 
+KINDS = "pairs: one per rejected answer; sft: prompt and chosen; text: plain text in a field of that name, all of it trained on"
 CHUNK_BYTES = 2**18
 """Input that a worker gets at a time, or one line if that is longer: some hundred pairs."""
 WORTH_A_WORKER = 2**22
@@ -90,7 +91,8 @@ def _run(args: argparse.Namespace) -> str:
         raise ValueError(f"{args.input}: no such file")
     if _workers(args) > 1:
         start_server(["toolkits.lpo_data_preprocessing.documents", "transformers.models.auto.tokenization_auto"])
-    tokenizer = ChatTokenizer(args.tokenizer, response_end=args.response_end)
+    args.response_end = args.response_end or (END_OF_TEXT if args.kind == "text" else "<|im_end|>")
+    tokenizer = ChatTokenizer(args.tokenizer, response_end=args.response_end, chat=args.kind != "text")
     fingerprints = {"tokenizer": tokenizer.fingerprint, "template": tokenizer.template_fingerprint}
     ingredients = Ingredients([Path(args.input)], [Path(f"{args.output}.json")], fingerprints)
     return make_once(args, ingredients, lambda: _build(args, tokenizer))
@@ -129,11 +131,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         output="prefix of the store: writes PATH.bin, .idx, .meta.npz and, last, PATH.json",
     )  # fmt: skip
     parser.add_argument("--tokenizer", required=True, metavar="DIR", help="local Hugging Face tokenizer with a chat template")
-    parser.add_argument("--kind", choices=("pairs", "sft"), default="pairs", help="pairs: one per rejected answer; sft: prompt and chosen")
+    parser.add_argument("--kind", choices=("pairs", "sft", "text"), default="pairs", help=KINDS)
     parser.add_argument("--max-length", type=int, default=4096, metavar="TOKENS", help="of prompt + response (default %(default)s)")
     parser.add_argument("--truncate-prompt", action="store_true", help="cut long prompts from the left instead of dropping the pair")
     parser.add_argument("--drop-empty", action="store_true", help="drop and count pairs with an empty answer (else an error)")
-    parser.add_argument("--response-end", default="<|im_end|>", metavar="TOKEN", help="token that ends a response (default %(default)s)")
+    parser.add_argument("--response-end", metavar="TOKEN", help=f"token that ends a response (default <|im_end|>, of a text {END_OF_TEXT})")
     parser.add_argument("--workers", type=int, metavar="N", help="processes that tokenise (default: one for each CPU; 1: this one)")
     return run_stage(parser, _run, argv)
 

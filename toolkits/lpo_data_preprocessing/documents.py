@@ -76,7 +76,7 @@ class _Drafted:
 
 def document_maker(settings: Settings) -> Callable[[Chunk], Outcome]:
     """The function that a worker applies to every chunk; loads the tokenizer."""
-    maker = DocumentMaker(ChatTokenizer(settings.tokenizer, response_end=settings.response_end), settings)
+    maker = DocumentMaker(ChatTokenizer(settings.tokenizer, response_end=settings.response_end, chat=settings.kind != "text"), settings)
     return maker.outcome
 
 
@@ -125,7 +125,8 @@ class DocumentMaker:
         """Tokenise samples and count what does not fit; ValueError, without a place, for an empty answer or a conversation refused."""
         outcome.read += len(samples)
         kept = [draft for draft in self._drafts(self._not_empty(samples, outcome)) if self._fits(draft, outcome)]
-        turns = [(draft.rendered, draft.sample.prompt, text) for draft in kept for _, text, _ in draft.sample.responses]
+        chats = [draft for draft in kept if draft.sample.prompt]
+        turns = [(draft.rendered, draft.sample.prompt, text) for draft in chats for _, text, _ in draft.sample.responses]
         outcome.template_exceptions += self.tokenizer.follow_template(turns).count(False)
         outcome.documents += map(_document, kept)
 
@@ -142,7 +143,7 @@ class DocumentMaker:
     def _drafts(self, samples: Iterator[Sample]) -> Iterator[_Drafted]:
         """Prompts are rendered and tokenised once a record, answers once each."""
         listed = list(samples)
-        prompts = {id(sample.prompt): sample.prompt for sample in listed}
+        prompts = {id(sample.prompt): sample.prompt for sample in listed if sample.prompt}
         rendered = dict(zip(prompts, self.tokenizer.render_prompts(list(prompts.values())), strict=True))
         prompt_ids = dict(zip(prompts, self.tokenizer.ids(list(rendered.values())), strict=True))
         responses = list(dict.fromkeys((text, ended) for sample in listed for _, text, ended in sample.responses))
@@ -150,7 +151,7 @@ class DocumentMaker:
         for sample in listed:
             key = id(sample.prompt)
             ids = [response_ids[text, ended] for _, text, ended in sample.responses]
-            yield _Drafted(sample, rendered[key], prompt_ids[key], ids)
+            yield _Drafted(sample, rendered.get(key, ""), prompt_ids.get(key, []), ids)
 
     def _fits(self, draft: _Drafted, outcome: Outcome) -> bool:
         """Cut the prompt if asked to; else count the sample as too long."""
@@ -173,6 +174,7 @@ class DocumentMaker:
 
 def _document(draft: _Drafted) -> Document:
     sample = draft.sample
-    sequences = (draft.prompt, *draft.responses)
+    sequences = (draft.prompt, *draft.responses) if sample.prompt else draft.responses
     tokens = np.fromiter(chain.from_iterable(sequences), dtype=np.int32)
-    return Document(tokens, tuple(map(len, sequences)), sample.id, content_hash(sample.prompt), sample.scores, sample.line)
+    group = content_hash(sample.prompt) if sample.prompt else ""
+    return Document(tokens, tuple(map(len, sequences)), sample.id, group, sample.scores, sample.line)

@@ -1,4 +1,6 @@
-"""What a record asks to be stored: one sample per rejected answer, or one fine-tuning sample; every field checked."""
+"""What a record asks to be stored: one sample per rejected answer, or one fine-tuning sample, or one plain text; every field
+checked.
+"""
 
 import sys
 from collections.abc import Iterator
@@ -23,6 +25,10 @@ class Sample:
 
 def samples_of(record: Record, kind: str, where: str, line: int = -1) -> Iterator[Sample]:
     """The samples in one record, which is `line` of its file; ValueError naming `where` for a missing or mistyped field."""
+    if kind == "text":
+        text = get_field(record, "text", str, where)
+        yield Sample(get_field({"id": f"line-{line}"} | record, "id", str, where), [], [("text", text, True)], line=line)
+        return
     prompt = check_messages(get_field(record, "prompt", list, where), where)
     id, chosen = get_field(record, "id", str, where), get_field(record, "chosen", str, where)
     if kind == "sft":

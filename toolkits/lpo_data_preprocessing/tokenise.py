@@ -39,13 +39,13 @@ def load_tokenizer(folder: str | Path) -> Any:
 class ChatTokenizer:
     """A Hugging Face tokenizer with a chat template, plus the token that ends a response."""
 
-    def __init__(self, folder: str | Path, *, response_end: str = "<|im_end|>") -> None:
-        """`folder`: a local Hugging Face tokenizer; code in it is never run.
+    def __init__(self, folder: str | Path, *, response_end: str = "<|im_end|>", chat: bool = True) -> None:
+        """`folder`: a local Hugging Face tokenizer; code in it is never run. `chat`: it needs a chat template (plain text does not).
 
         ValueError if it is none, has no chat template or lacks the end token.
         """
         self.tokenizer = load_tokenizer(folder)
-        if not self.tokenizer.chat_template:
+        if chat and not self.tokenizer.chat_template:
             raise ValueError(f"{folder}: the tokenizer has no chat template")
         self.end_id = self._token_id(response_end, folder)
         self.response_end = response_end

@@ -65,6 +65,18 @@ def test_sft(tiny_qwen, tmp_path):
     assert [part.tolist() for part in store[1]] == [chat.prompt_ids(records[1]["prompt"]), chat.response_ids(records[1]["chosen"])]
 
 
+def test_text(tiny_qwen, tmp_path):
+    texts = ["Ana has 12 pens.", "<|im_end|> é", "9" * 50]
+    store = build(tmp_path, tiny_qwen, [{"text": text} for text in texts], "--kind", "text", "--max-length", 40)
+    chat = ChatTokenizer(tiny_qwen, response_end="<|endoftext|>")
+    assert store.kind == "text" and store.columns.id == ["line-1", "line-2"] and store.manifest["dropped"] == {"too_long_text": 1}
+    for document, text in zip((store[0], store[1]), texts, strict=False):
+        (ids,) = document
+        assert chat.decode(ids.tolist()) == text + "<|endoftext|>" and ids[-1] == chat.end_id
+        assert "<|im_end|>" not in [chat.tokenizer.convert_ids_to_tokens(int(token)) for token in ids]
+    assert store.manifest["scored_tokens"] == store.manifest["tokens"] == sum(len(store[i][0]) for i in range(2))
+
+
 LONG = "9" * 200  # digits stand alone: 200 tokens
 
 
@@ -128,6 +140,8 @@ GOOD = record(0, rejected=["1"])
         ([GOOD], ("--max-length", 1), "at least 2 tokens, got 1"),
         ([GOOD], ("--tokenizer", "/nowhere"), "/nowhere: no such folder"),
         ([GOOD], ("--response-end", "<end>"), "has no token '<end>'"),
+        ([{"text": ["a"]}], ("--kind", "text"), "in.jsonl:1: field 'text' must be a str, got list"),
+        ([{"text": "  "}], ("--kind", "text"), "in.jsonl:1: empty text answer of line-1"),
         ([record(0)], (), "no pairs left (record_without_rejected 1)"),
     ],
 )

@@ -1,0 +1,39 @@
+"""``--train-mode pretrain``: the loss of the first step against transformers, and two ranks against one."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import harness
+import pytest
+import torch
+from materials import Bench, make_store
+
+from megatron_patch.data.pair_store import PairStore
+
+TEXTS = 12
+
+
+@pytest.fixture(scope="module")
+def text(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Texts of 2 to 30 random tokens: a text of one token predicts nothing."""
+    return make_store(tmp_path_factory.mktemp("text") / "text", "text", count=TEXTS, longest=30, seed=3, shortest=2)
+
+
+def losses(model: Path, store: PairStore) -> Iterator[tuple[float, int]]:
+    """(sum of cross-entropies in nats, predicted tokens) of each text, transformers in float32."""
+    from transformers import Qwen2ForCausalLM
+
+    judge = Qwen2ForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    for i in range(len(store)):
+        ids = torch.from_numpy(store[i][0]).long()[None]
+        with torch.no_grad():
+            yield float(judge(ids, labels=ids).loss) * (ids.shape[1] - 1), ids.shape[1] - 1
+
+
+def test_first_loss_is_transformers_and_ranks_agree(bench: Bench, text: Path) -> None:
+    flags = ("--train-mode", "pretrain", "--global-batch-size", TEXTS, "--train-iters", 3)
+    one, two = (harness.metrics(bench.train(layout, text, *flags)) for layout in ("one", "dp2"))
+    sums, counts = zip(*losses(bench.models["tied"], PairStore(text)), strict=True)
+    assert one[0]["loss"] == pytest.approx(sum(sums) / sum(counts), rel=1e-5)
+    assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-5)
+    assert one[-1]["loss"] < one[0]["loss"]
