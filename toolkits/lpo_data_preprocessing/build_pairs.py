@@ -31,7 +31,8 @@ WORTH_A_WORKER = 2**22
 def _fill(writer: PairStoreWriter, tally: Tally, args: argparse.Namespace) -> Outcome:
     """All records of the input into the store; returns the counts that the tally has no place for."""
     settings = Settings(
-        args.input, args.tokenizer, args.response_end, args.kind, args.max_length, args.truncate_prompt, args.drop_empty
+        args.input, args.tokenizer, args.response_end, args.kind, args.max_length, args.truncate_prompt,
+        args.every_assistant_turn, args.drop_empty,
     )  # fmt: skip
     total, workers = Outcome(), _workers(args)
     bar = progress(None, what="build_pairs", unit="record")
@@ -87,6 +88,8 @@ def _workers(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace) -> str:
     if args.max_length < 2:
         raise ValueError(f"--max-length must be at least 2 tokens, got {args.max_length}")
+    if args.every_assistant_turn and (args.kind != "sft" or args.truncate_prompt):
+        raise ValueError("--every-assistant-turn is for --kind sft, and a conversation of which every turn counts cannot be truncated")
     if not Path(args.input).is_file():
         raise ValueError(f"{args.input}: no such file")
     if _workers(args) > 1:
@@ -115,6 +118,7 @@ def _build(args: argparse.Namespace, tokenizer: ChatTokenizer) -> str:
             options={
                 "truncate_prompt": args.truncate_prompt,
                 "drop_empty": args.drop_empty,
+                "every_assistant_turn": args.every_assistant_turn,
                 "truncated_prompts": total.truncated_prompts,
             },
             limits={"max_length": args.max_length},
@@ -134,6 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--kind", choices=("pairs", "sft", "text"), default="pairs", help=KINDS)
     parser.add_argument("--max-length", type=int, default=4096, metavar="TOKENS", help="of prompt + response (default %(default)s)")
     parser.add_argument("--truncate-prompt", action="store_true", help="cut long prompts from the left instead of dropping the pair")
+    parser.add_argument("--every-assistant-turn", action="store_true", help="train on all assistant turns of a conversation (--kind sft)")
     parser.add_argument("--drop-empty", action="store_true", help="drop and count pairs with an empty answer (else an error)")
     parser.add_argument("--response-end", metavar="TOKEN", help=f"token that ends a response (default <|im_end|>, of a text {END_OF_TEXT})")
     parser.add_argument("--workers", type=int, metavar="N", help="processes that tokenise (default: one for each CPU; 1: this one)")

@@ -39,6 +39,8 @@ class Settings:
     max_length: int
     """Tokens of prompt + response."""
     truncate_prompt: bool
+    every_assistant_turn: bool
+    """Score every assistant turn of an sft conversation, not its last alone."""
     drop_empty: bool
 
 
@@ -72,6 +74,10 @@ class _Drafted:
     rendered: str
     prompt: list[int]
     responses: list[list[int]]
+    before: list[list[int]]
+    """The prompt as sequences that are not scored and scored by turns; one that is not, unless every assistant turn is."""
+    apart: bool
+    """Whether that makes other ids of it than the whole prompt has."""
 
 
 def document_maker(settings: Settings) -> Callable[[Chunk], Outcome]:
@@ -127,7 +133,7 @@ class DocumentMaker:
         kept = [draft for draft in self._drafts(self._not_empty(samples, outcome)) if self._fits(draft, outcome)]
         chats = [draft for draft in kept if draft.sample.prompt]
         turns = [(draft.rendered, draft.sample.prompt, text) for draft in chats for _, text, _ in draft.sample.responses]
-        outcome.template_exceptions += self.tokenizer.follow_template(turns).count(False)
+        outcome.template_exceptions += self.tokenizer.follow_template(turns).count(False) + sum(draft.apart for draft in kept)
         outcome.documents += map(_document, kept)
 
     def _not_empty(self, samples: Sequence[Sample], outcome: Outcome) -> Iterator[Sample]:
@@ -151,7 +157,10 @@ class DocumentMaker:
         for sample in listed:
             key = id(sample.prompt)
             ids = [response_ids[text, ended] for _, text, ended in sample.responses]
-            yield _Drafted(sample, rendered.get(key, ""), prompt_ids.get(key, []), ids)
+            text, prompt = rendered.get(key, ""), prompt_ids.get(key, [])
+            before = self.tokenizer.earlier_turns(sample.prompt, text) if self.settings.every_assistant_turn else [prompt]
+            flat = list(chain.from_iterable(before))
+            yield _Drafted(sample, text, flat, ids, before, flat != prompt)
 
     def _fits(self, draft: _Drafted, outcome: Outcome) -> bool:
         """Cut the prompt if asked to; else count the sample as too long."""
@@ -162,6 +171,7 @@ class DocumentMaker:
             outcome.dropped[f"too_long_{self._too_long(draft)}"] += 1
             return False
         draft.prompt = draft.prompt[-room:]
+        draft.before = [draft.prompt]
         outcome.truncated_prompts += 1
         return True
 
@@ -174,7 +184,7 @@ class DocumentMaker:
 
 def _document(draft: _Drafted) -> Document:
     sample = draft.sample
-    sequences = (draft.prompt, *draft.responses) if sample.prompt else draft.responses
+    sequences = (*draft.before, *draft.responses) if sample.prompt else draft.responses
     tokens = np.fromiter(chain.from_iterable(sequences), dtype=np.int32)
     group = content_hash(sample.prompt) if sample.prompt else ""
     return Document(tokens, tuple(map(len, sequences)), sample.id, group, sample.scores, sample.line)

@@ -109,6 +109,27 @@ class ChatTokenizer:
             found[i] = whole[: len(prompt) + len(response)] == prompt + response
         return found
 
+    def earlier_turns(self, messages: Sequence[Message], rendered: str) -> list[list[int]]:
+        """A rendered prompt cut at its assistant turns: ids of what is before a turn, of the turn, and so on; last, of what is behind them.
+
+        ValueError if the template does not write the earlier turns as they were (some leave out thoughts): nothing would be trained on then
+        that is ever generated.
+        """
+        places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        begun = self.render_prompts([messages[:i] for i in places]) if places and places[0] else []
+        if len(begun) < len(places):
+            raise ValueError("the conversation opens with an assistant's turn, which answers nothing")
+        pieces, end = [], 0
+        for start, i in zip(begun, places, strict=True):
+            turn = messages[i]["content"] + self.response_end
+            if not rendered.startswith(start) or not rendered.startswith(turn, len(start)) or len(start) < end:
+                raise ValueError(f"the chat template writes message {i} differently once another follows; leave out --every-assistant-turn")
+            pieces.append(rendered[end : len(start)])
+            end = len(start) + len(turn)
+        between = self.ids([*pieces, rendered[end:]])
+        turns = self.responses_ids([(messages[i]["content"], True) for i in places])
+        return [ids for pair in zip(between, turns, strict=False) for ids in pair] + between[-1:]
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of generated ids, byte for byte (no clean-up of spaces)."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)

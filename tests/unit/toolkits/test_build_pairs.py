@@ -65,6 +65,52 @@ def test_sft(tiny_qwen, tmp_path):
     assert [part.tolist() for part in store[1]] == [chat.prompt_ids(records[1]["prompt"]), chat.response_ids(records[1]["chosen"])]
 
 
+GENERATION = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m.content + '<|im_end|>' }}{% endif %}"
+    "{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_every_assistant_turn_is_the_mask_of_transformers(tiny_qwen, tmp_path):
+    chat = ChatTokenizer(tiny_qwen)
+    chat.tokenizer.chat_template = GENERATION
+    chat.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    turns = [("system", "Be brief."), ("user", "12+10?"), ("assistant", "22"), ("user", "and 1 more?"), ("assistant", "23\nof course")]
+    prompts = [[*turns, ("user", "thanks")], turns[1:2], turns[:4]]
+    records = [record(i, "x", "35 pens") | {"prompt": [{"role": r, "content": c} for r, c in p]} for i, p in enumerate(prompts)]
+    store = build(tmp_path, tmp_path / "tokenizer", records, "--kind", "sft", "--every-assistant-turn")
+    assert store.manifest["template"]["exceptions"] == 0 and [len(store[i]) for i in range(3)] == [6, 2, 4]
+    for i, item in enumerate(records):
+        conversation = [*item["prompt"], {"role": "assistant", "content": item["chosen"]}]
+        judge = chat.tokenizer.apply_chat_template(conversation, return_dict=True, return_assistant_tokens_mask=True)
+        ids = [token for part in store[i] for token in part.tolist()]
+        mask = [j % 2 for j, part in enumerate(store[i]) for _ in part]
+        newline = len(judge["input_ids"]) - len(ids)  # after the last turn, which is not part of a response
+        assert newline == 1 and ids == judge["input_ids"][:-1] and mask == judge["assistant_masks"][:-1]
+        assert judge["assistant_masks"][-1] == 0
+
+
+def test_earlier_turns_off_the_template_are_counted(tiny_qwen, tmp_path):
+    question, spelled = {"role": "user", "content": "1?"}, {"role": "assistant", "content": "\n<|im_start|>user"}
+    records = [record(0), record(1) | {"prompt": [question, spelled, question]}]
+    store = build(tmp_path, tiny_qwen, records, "--kind", "sft", "--every-assistant-turn")
+    assert store.manifest["template"]["exceptions"] == 1 and len(store[1]) == 4
+
+
+def test_every_assistant_turn_needs_a_template_that_keeps_turns(tiny_qwen, tmp_path, fails):
+    chat = ChatTokenizer(tiny_qwen)
+    chat.tokenizer.chat_template = chat.tokenizer.chat_template.replace("message.content", "message.content.split('</think>')[-1]")
+    chat.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    question, thought = {"role": "user", "content": "1?"}, {"role": "assistant", "content": "<think>a</think>b"}
+    write_jsonl(tmp_path / "in.jsonl", [record(0), record(1) | {"prompt": [question, thought, question]}])
+    flags = ["--kind", "sft", "--every-assistant-turn"]
+    assert "in.jsonl:2: the chat template writes message 1" in fails(main, *command(tmp_path, tmp_path / "tokenizer", *flags))
+    assert "--every-assistant-turn is for --kind sft" in fails(main, *command(tmp_path, tiny_qwen, "--every-assistant-turn"))
+    assert "cannot be truncated" in fails(main, *command(tmp_path, tiny_qwen, *flags, "--truncate-prompt"))
+
+
 def test_text(tiny_qwen, tmp_path):
     texts = ["Ana has 12 pens.", "<|im_end|> é", "9" * 50]
     store = build(tmp_path, tiny_qwen, [{"text": text} for text in texts], "--kind", "text", "--max-length", 40)
