@@ -15,7 +15,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -189,25 +189,27 @@ def write_safetensors(file: Path, layout: dict[str, tuple[int, ...]], tensors: I
         header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with file.open("wb") as stream:
+    with flushed(file) as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for name, shape in layout.items():
             arrived, tensor = next(tensors)
             assert (arrived, tuple(tensor.shape)) == (name, shape), (arrived, name)
             stream.write(tensor.detach().to("cpu", dtype).contiguous().view(torch.uint8).numpy().data)
-        _sync(stream)
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
     """Write indented JSON and wait until it is on disk."""
-    with file.open("wb") as stream:
+    with flushed(file) as stream:
         stream.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
-        _sync(stream)
 
 
-def _sync(stream: BinaryIO) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())
+@contextmanager
+def flushed(file: Path) -> Iterator[BinaryIO]:
+    """A new file to write; when the block ends without an exception its bytes are on disk."""
+    with file.open("wb") as stream:
+        yield stream
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def sync_folder(folder: Path) -> None:

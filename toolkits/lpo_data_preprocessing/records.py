@@ -193,12 +193,10 @@ class Tally:
         return "\n".join(f"  {what:<8}  {reason:<28} {count:>9}" for what, reason, count in rows)
 
 
-class StageParser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, like every other error of a stage."""
+class CommandParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, like every other error of a stage; one that has an output."""
 
-    def __init__(
-        self, stage: str, description: str, example: str, *, output: str, max_drop_fraction: float = 0.5, many_inputs: bool = False
-    ) -> None:
+    def __init__(self, stage: str, description: str, example: str, *, output: str) -> None:
         super().__init__(
             prog=f"python -m toolkits.lpo_data_preprocessing.{stage}",
             description=description,
@@ -206,20 +204,29 @@ class StageParser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         self.stage = stage
+        self.add_argument("--output", required=True, metavar="PATH", help=output)
+        self.add_argument("--overwrite", action="store_true", help="replace an existing output")
+        self.add_argument("--update", action="store_true", help="replace an existing output unless it is of the same input and options")
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see --help)")
+
+
+class StageParser(CommandParser):
+    """The parser of a stage that reads records."""
+
+    def __init__(
+        self, stage: str, description: str, example: str, *, output: str, max_drop_fraction: float = 0.5, many_inputs: bool = False
+    ) -> None:
+        super().__init__(stage, description, example, output=output)
         if many_inputs:
             self.add_argument("--input", required=True, nargs="+", metavar="PATH", help="files, folders or globs to read, in this order")
         else:
             self.add_argument("--input", required=True, metavar="JSONL", help="records to read")
-        self.add_argument("--output", required=True, metavar="PATH", help=output)
-        self.add_argument("--overwrite", action="store_true", help="replace an existing output")
-        self.add_argument("--update", action="store_true", help="replace an existing output unless it is of the same input and options")
         self.add_argument(
             "--max-drop-fraction", type=float, default=max_drop_fraction, metavar="F",
             help="more than this fraction (0 to 1) of the input dropped is an error (default %(default)s)",
         )  # fmt: skip
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (see --help)")
 
 
 class _Preempted(SystemExit):
@@ -230,7 +237,7 @@ def _preempt(*_: Any) -> NoReturn:
     raise _Preempted(PREEMPTED)
 
 
-def run_stage(parser: StageParser, run: Callable[[argparse.Namespace], str], argv: Sequence[str] | None) -> int:
+def run_stage(parser: CommandParser, run: Callable[[argparse.Namespace], str], argv: Sequence[str] | None) -> int:
     """Parse, run, print the stage's closing lines (what `run` returns); 0, or 2 after a one-line error on stderr for a user's mistake.
 
     SIGTERM ends the stage through an exception, so that its temporary files are removed, and the process with exit code 75.
