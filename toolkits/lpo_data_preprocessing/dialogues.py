@@ -17,7 +17,7 @@ prompt what comes before it; what follows is left out.
 
 Different here: the authors write <|endoftext|> after every turn and head a turn with the speaker's "name"; here the chat template decides,
 and it knows roles. They blow up "role_dialog" data into variants with text in place of speech; that is not done. For the tokens above
-the tokenizer needs ordinary added tokens: in a response, tokens that it calls special are spelled out.
+the tokenizer needs ordinary added tokens (`extend_vocab` adds them): in a response, tokens that it calls special are spelled out.
 """
 
 from typing import Any

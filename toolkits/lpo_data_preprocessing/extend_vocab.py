@@ -4,8 +4,8 @@
         --tokens 4096 --pattern '<|g0r0_{}|>' --more '<|beginofaudio|>' '<|endofaudio|>'
 
 The tokens are ordinary added tokens under the tokenizer's next free ids (see `added_tokens`): first --more, then --tokens-file, then
---pattern. Qwen2.5 has more rows than its tokenizer has tokens (151936 and 151665): new tokens take these rows first, and the vocabulary
-grows only when they do not suffice, to a multiple of --multiple-of. What a new row holds is said in `megatron_patch/checkpoint/hf_rows.py`.
+--pattern. Qwen2.5 has more rows than its tokenizer has tokens (0.5B: 151936 and 151665): new tokens take these rows first, and the
+vocabulary grows only when that is too little, to a multiple of --multiple-of. What a new row holds: `megatron_patch/checkpoint/hf_rows.py`.
 Training pads to a multiple of its tensor-parallel size on its own, so any multiple will do; 64 suits the kernels of GPUs.
 
 All other files of the folder go along, but for weights in other formats, which would keep the old vocabulary. The folder appears whole
@@ -28,7 +28,7 @@ from toolkits.lpo_data_preprocessing.records import CommandParser, progress, run
 
 MARKER = "extend_vocab.json"
 _OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
-_OTHER_FILES_BYTES = 64 * 2**20  # allowed for beside the weights
+_ROOM = 64 * 2**20  # bytes asked for beyond what is known: the tokenizer's growth, blocks of the file system
 _MIB = 2**20
 
 
@@ -55,7 +55,8 @@ class Extension:
         if self.output.exists() and not (self.output / MARKER).exists():
             raise ValueError(f"{self.output}: exists and was not made by extend_vocab (no {MARKER} in it): it is not overwritten")
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        needed, free = self.weights.bytes_needed(self.rows) + _OTHER_FILES_BYTES, shutil.disk_usage(self.output.parent).free
+        beside = sum(path.stat().st_size for one in self._others()[0] for path in (one, *one.rglob("*")) if path.is_file())
+        needed, free = self.weights.bytes_needed(self.rows) + beside + _ROOM, shutil.disk_usage(self.output.parent).free
         if free < needed:
             raise ValueError(f"{self.output.parent}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
 
@@ -73,23 +74,33 @@ class Extension:
             shutil.rmtree(folder, ignore_errors=True)
         return self._summary() + "".join(f"\n  left out  {name}: weights in another form" for name in left_out)
 
-    def _write_small_files(self, folder: Path) -> list[str]:
-        """Everything but the weights; returns the names that were left out."""
+    def _others(self) -> tuple[list[Path], list[str]]:
+        """What of the source is copied beside what is written anew (files and folders, hidden ones not), and the names left out."""
         own = {file.name for file in self.weights.files} | {hf_files.INDEX_FILE, hf_files.MARKER, MARKER}
         others = [path for path in sorted(self.source.iterdir()) if path.name not in own and not path.name.startswith(".")]
         left_out = [path.name for path in others if path.suffix in _OTHER_WEIGHTS or path.name.endswith(".index.json")]
-        for path in others:
-            if path.name not in left_out:
-                (shutil.copytree if path.is_dir() else shutil.copyfile)(path, folder / path.name)
+        return [path for path in others if path.name not in left_out], left_out
+
+    def _write_small_files(self, folder: Path) -> list[str]:
+        """Everything but the weights; returns the names that were left out."""
+        copied, left_out = self._others()
+        for path in copied:
+            (shutil.copytree if path.is_dir() else shutil.copyfile)(path, folder / path.name)
         self.tokenizer.write(folder, self.tokens)
         hf_files.write_json(folder / "config.json", {**hf_files.read_config(self.source), "vocab_size": self.rows.total})
         hf_files.write_json(folder / MARKER, self._record())
         return left_out
 
     def _write_weights(self, folder: Path) -> None:
-        total = self.weights.bytes_needed(self.rows)
-        with progress((), what="extend_vocab", unit="MiB", total=total // _MIB) as bar:
-            self.weights.write(folder, self.rows, lambda count: bar.update(count / _MIB))
+        written = 0
+        with progress((), what="extend_vocab", unit="MiB", total=self.weights.bytes_needed(self.rows) // _MIB) as bar:
+
+            def tell(count: int) -> None:
+                nonlocal written
+                written += count
+                bar.update(written // _MIB - bar.n)
+
+            self.weights.write(folder, self.rows, tell)
 
     def _record(self) -> dict[str, object]:
         rows: NewRows = self.rows

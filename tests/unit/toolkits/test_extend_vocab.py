@@ -160,6 +160,19 @@ def test_without_noise_it_is_transformers_mean_resizing(tiny_qwen, tmp_path):
     assert len(found[KNOWN:].unique(dim=0)) == 1
 
 
+def test_weights_of_another_form_are_left_out_and_named(tiny_qwen, tmp_path, capsys):
+    source = make_source(tiny_qwen, tmp_path / "source", True, KNOWN, torch.float32, True)
+    (source / "original").mkdir()
+    (source / "original/params.json").write_text("{}")
+    (source / "export.json").write_text("{}")  # would say that a training run may replace the folder
+    capsys.readouterr()
+    assert run(source, tmp_path / "out", *AUDIO) == 0
+    summary, *notes = capsys.readouterr().out.splitlines()
+    assert "512 tokens added, ids 313 to 824, vocab_size 313 -> 832" in summary
+    assert notes == ["  left out  pytorch_model.bin: weights in another form"]
+    assert (tmp_path / "out/original/params.json").exists() and not (tmp_path / "out/export.json").exists()
+
+
 def test_noise_follows_the_seed_and_differs_between_the_two_tensors(tiny_qwen, tmp_path):
     source = make_source(tiny_qwen, tmp_path / "source", False, KNOWN, torch.float32, False)
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
