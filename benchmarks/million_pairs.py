@@ -38,9 +38,10 @@ def make_store(prefix: Path, pairs: int, seed: int = 0) -> None:
     rng.integers(0, VOCABULARY, lengths.sum(), dtype=np.int32).tofile(f"{prefix}.bin")
     with _IndexWriter(f"{prefix}.idx", np.int32) as writer:
         writer.write(lengths.ravel(), None, np.arange(pairs + 1) * 3)
-    ids = [f"{_scrambled(i)}-0" for i in range(pairs)]
-    groups = [_scrambled(i // 4) for i in range(pairs)]
-    ps.Columns(ids, groups, rng.normal(size=(pairs, 2)), np.arange(1, pairs + 1)).save(Path(f"{prefix}.meta.npz"))
+    columns = ps.ColumnBuilder()
+    for i, (chosen, rejected) in enumerate(rng.normal(size=(pairs, 2)).tolist()):
+        columns.add(f"{_scrambled(i)}-0", _scrambled(i // 4), (chosen, rejected), i + 1)
+    columns.save(Path(f"{prefix}.meta.npz"))
     files = {suffix: _description(Path(f"{prefix}{suffix}")) for suffix in (".bin", ".idx", ".meta.npz")}
     manifest = {"format": ps.FORMAT, "format_version": ps.FORMAT_VERSION, "kind": "pairs", "count": pairs, "files": files}
     fingerprints = {"tokenizer": {"fingerprint": "t"}, "template": {"fingerprint": "t"}}

@@ -239,6 +239,9 @@ class PairStore:
         if len(self) != self.manifest["count"]:
             raise ValueError(f"{_file(self.prefix, '.idx')}: {len(self)} documents, the manifest says {self.manifest['count']}")
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_columns": None}  # read again rather than copied
+
     def __len__(self) -> int:
         return len(self._bounds) - 1
 

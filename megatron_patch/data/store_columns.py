@@ -3,22 +3,67 @@
 On disk an .npz with deflated members: most columns are nearly constant once differences are taken, an id takes what its random part takes.
 A group is the number of the first document of the same prompt, not the prompt's hash: eight random bytes a pair would be the largest.
 While a store is written the columns are plain arrays, and ids and groups are recognised by 64 bits of their hash: two of ten million
-different ids share them with a probability of 3e-6.
+different ids share them with a probability of 3e-6. Read again, an id is decoded when it is asked for: of a million, a batch needs few.
 """
 
 import hashlib
 from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import overload
 
 import numpy as np
+
+_BLOCK = 65536  # strings read at a time when all are asked for
+
+
+class Strings(Sequence[str]):
+    """Strings that stay UTF-8 bytes; equal to any sequence of the same strings."""
+
+    def __init__(self, utf8: np.ndarray, ends: np.ndarray) -> None:
+        """`utf8`: uint8, all of them end to end; `ends`: int64 [strings], where each ends."""
+        self._utf8, self._ends = utf8, ends
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @overload
+    def __getitem__(self, i: int) -> str: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[str]: ...
+    def __getitem__(self, i: int | slice) -> str | list[str]:
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        position = range(len(self))[i]  # IndexError beyond the ends, and negative numbers count from the last
+        start = int(self._ends[position - 1]) if position else 0
+        return self._utf8[start : int(self._ends[position])].tobytes().decode("utf-8")
+
+    def __iter__(self) -> Iterator[str]:
+        start = 0
+        for first in range(0, len(self), _BLOCK):
+            ends = self._ends[first : first + _BLOCK].tolist()
+            begin, data = start, self._utf8[start : ends[-1]].tobytes()
+            for end in ends:
+                yield data[start - begin : end - begin].decode("utf-8")
+                start = end
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence) or isinstance(other, str):
+            return NotImplemented
+        return len(self) == len(other) and all(mine == theirs for mine, theirs in zip(self, other, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return repr(self[:10])[:-1] + (", ...]" if len(self) > 10 else "]")
 
 
 @dataclass(frozen=True)
 class Columns:
     """Per-document columns, in the order of the documents (N of them)."""
 
-    id: list[str]
+    id: Sequence[str]
     """Unique within the store."""
     group: np.ndarray
     """int64 [N]: number of the first document of the same prompt (its own, if there is none before), -1 where the maker gave no group."""
@@ -31,8 +76,7 @@ class Columns:
     def load(cls, path: Path) -> "Columns":
         """Read what `ColumnBuilder.save` wrote."""
         with np.load(path, allow_pickle=False) as arrays:
-            data, ends = arrays["id_utf8"].tobytes(), np.cumsum(arrays["id_bytes"], dtype=np.int64).tolist()
-            ids = [data[start:end].decode("utf-8") for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+            ids = Strings(arrays["id_utf8"], np.cumsum(arrays["id_bytes"], dtype=np.int64))
             back = arrays["group_back"]
             group = np.where(back < 0, -1, np.arange(len(back)) - back)
             return cls(ids, group, arrays["scores"], np.cumsum(arrays["source_line_steps"], dtype=np.int64))

@@ -29,7 +29,7 @@ def test_first_batch_is_cheap_and_right(store: Path, step: int) -> None:
     of_source, of_all = (np.random.default_rng([1, stream, epoch]).permutation(PAIRS) for stream in (0, 1))
     expected = of_source[of_all[position : position + million_pairs.BATCH]]
     with np.load(f"{store}.meta.npz") as arrays:
-        text, ends = arrays["id_utf8"].tobytes().decode(), arrays["id_ends"]
+        text, ends = arrays["id_utf8"].tobytes().decode(), np.cumsum(arrays["id_bytes"])
     ids = {text[ends[i] - 18 : ends[i]] for i in expected}  # 16 hex digits and "-0"
     found = {name.split()[0] for name in row["names"]}
     assert len(found) == len(row["names"]) == pytest.approx(million_pairs.BATCH / million_pairs.RANKS, abs=3) and found <= ids

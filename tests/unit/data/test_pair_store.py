@@ -227,9 +227,8 @@ def test_wrong_kind_bad_json_bad_verify(tmp_path):
         PairStore(tmp_path / "s")
 
 
-def test_fingerprint_follows_content_not_place_or_time(tmp_path, monkeypatch):
+def test_fingerprint_follows_content_not_place(tmp_path):
     write_pairs(tmp_path / "a")
-    monkeypatch.setattr("megatron_patch.data.pair_store.time.strftime", lambda *_: "2001-01-01T00:00:00Z")
     write_pairs(tmp_path / "b", tokenizer={"fingerprint": "tok", "path": "/other"})
     same = PairStore(tmp_path / "a").fingerprint
     assert PairStore(tmp_path / "b").fingerprint == same and len(same) == 64
