@@ -3,6 +3,7 @@
 import random
 
 import pytest
+import regex
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from toolkit_helpers import QUESTIONS
 from transformers import PreTrainedTokenizerFast
@@ -104,3 +105,26 @@ def test_other_tokenizers_are_left_to_the_library(tiny_qwen):
     cut = byte_level()
     cut.backend_tokenizer.enable_truncation(3)
     assert word_tokenizer(cut) is None
+
+
+def test_engines_that_differ_on_a_character_are_noticed(monkeypatch):
+    words = word_tokenizer(byte_level())
+    monkeypatch.setattr(words, "_find_words", regex.compile(QWEN2.replace(r"?\p{L}+", "?[a-zA-Z漢]+")).findall)
+    assert words.ids("cafe 漢", split_special_tokens=True) is not None
+    assert words.ids("café", split_special_tokens=True) is None
+
+
+@pytest.mark.parametrize(
+    ("opening", "text", "apart"),
+    [
+        ("assistant\n", "Yes.", True),
+        ("assistant\n", "\nYes.", False),  # the expression takes both line ends at once
+        ("assistant\n<|im_", "end|> and on", False),  # a control token across the border
+        ("assistant: e.", "\u0301 was meant", False),  # NFC moves nothing here, but the mark belongs to the sign before it
+        ("assistant: e", "\u0301 was meant", False),  # and here it composes
+    ],
+)
+def test_borders(opening, text, apart):
+    prompt = f"<|im_start|>user\nhm?<|im_end|>\n<|im_start|>{opening}"
+    whole = f"{prompt}{text}<|im_end|>\n"
+    assert word_tokenizer(byte_level()).stay_apart(prompt, text, "<|im_end|>", whole) == apart
