@@ -43,8 +43,8 @@ def word_tokenizer(tokenizer: Any) -> "WordTokenizer | None":
         return None
     backend = tokenizer.backend_tokenizer
     pattern = _word_pattern(json.loads(backend.to_str()))
-    added = [token.content for token in backend.get_added_tokens_decoder().values() if _splits_alone(token)]
-    if pattern is None or len(added) < len(backend.get_added_tokens_decoder()):
+    added = list(backend.get_added_tokens_decoder().values())
+    if pattern is None or not all(map(_splits_alone, added)):
         return None
     try:
         return WordTokenizer(backend, regex.compile(pattern), added)
@@ -62,6 +62,12 @@ def _word_pattern(state: dict[str, Any]) -> str | None:
     plain = split["behavior"] == "Isolated" and not split["invert"] and not level["add_prefix_space"] and not level["use_regex"]
     merges = state["model"]["type"] == "BPE" and not state["model"].get("dropout")
     return pattern if plain and merges and pattern and not re.search(r"\(\?<|\\[bBAGKzZ]|[$^](?![\\\[])", pattern) else None
+
+
+def _any_of(tokens: list[Any]) -> re.Pattern[str]:
+    """What matches one of these added tokens, the longest where several begin."""
+    longest_first = sorted((token.content for token in tokens), key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
 
 def _splits_alone(token: Any) -> bool:
@@ -89,11 +95,10 @@ class _Words(dict[str, tuple[int, ...]]):
 class WordTokenizer:
     """See the module; made by `word_tokenizer`."""
 
-    def __init__(self, backend: Any, pattern: Any, added: list[str]) -> None:
+    def __init__(self, backend: Any, pattern: Any, added: list[Any]) -> None:
         self._pre_tokenizer, self._find_words, self._words = backend.pre_tokenizer, pattern.findall, _Words(backend)
-        self._added = {token: backend.token_to_id(token) for token in added}
-        longest_first = sorted(added, key=len, reverse=True)
-        self._control = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
+        self._added = {token.content: backend.token_to_id(token.content) for token in added}
+        self._control, self._ordinary = _any_of(added), _any_of([token for token in added if not token.special])
         self._agreed: set[str] = set()
         self._is_cut = lru_cache(maxsize=65536)(self._cuts_between)
 
@@ -102,10 +107,8 @@ class WordTokenizer:
         if not self._is_certain(text):
             return None
         words = self._words.__getitem__
-        if split_special_tokens:
-            return list(chain.from_iterable(map(words, self._find_words(text))))
         ids: list[int] = []
-        for i, piece in enumerate(self._control.split(text)):
+        for i, piece in enumerate((self._ordinary if split_special_tokens else self._control).split(text)):
             if i % 2:
                 ids.append(self._added[piece])
             else:

@@ -62,8 +62,11 @@ class Outcome:
     def add(self, other: "Outcome") -> None:
         """Add up the counts."""
         self.dropped.update(other.dropped)
-        for name in ("records", "read", "without_rejected", "template_exceptions", "truncated_prompts"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.records += other.records
+        self.read += other.read
+        self.without_rejected += other.without_rejected
+        self.template_exceptions += other.template_exceptions
+        self.truncated_prompts += other.truncated_prompts
 
 
 @dataclass

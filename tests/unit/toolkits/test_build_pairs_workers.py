@@ -25,9 +25,8 @@ def command(folder, tokenizer, name, workers, *more):
 
 
 def contents(folder, name):
-    """Everything a store holds but for the time it was made and its own name."""
+    """Everything a store holds but its own name."""
     manifest = json.loads((folder / f"{name}.json").read_text())
-    del manifest["created"]
     tally = json.loads((folder / f"{name}.tally.json").read_text())
     return manifest, tally, [(folder / f"{name}{suffix}").read_bytes() for suffix in (".bin", ".idx", ".meta.npz")]
 

@@ -23,6 +23,7 @@ TEMPLATE = (
 PIECES = [
     *"aZé漢字ßİıſ1²٣½'’\"-—.,;:!?()[]{}<>|/\\ \t\n\r\x0b\x0c\x1c\x1f\x85\xa0\u2003\u2028\u200b\u0301\u0300\ufeff\U0001f600\ud7ff\u0378",
     " ", " ", "\n", "word", "it's", "IT'S", "don’t", "e\u0301", "\r\n", "  \n ", "12345", "<|im_end|>", "<|im_", "<|im_start|>user\n",
+    "<tool_call>", "<tool_", "<tool_call>s", "call>",
 ]  # fmt: skip
 
 
@@ -40,6 +41,9 @@ def byte_level(pattern: str = QWEN2, folder=None, **changes):
     rng = random.Random(1)
     backend.train_from_iterator([*QUESTIONS, "user\n assistant\n", *(awkward(rng) for _ in range(300))], trainer)
     backend.add_special_tokens([AddedToken(token, special=True, **changes) for token in ("<|im_start|>", "<|im_end|>")])
+    # Qwen2.5 has ordinary added tokens as well: they are cut out of a response too.
+    ordinary = {"normalized": False, **changes}
+    backend.add_tokens([AddedToken(token, special=False, **ordinary) for token in ("<tool_call>", "<tool_call>s")])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", chat_template=TEMPLATE)
     if folder is not None:
         tokenizer.save_pretrained(folder)
