@@ -87,6 +87,7 @@ def _schedule(upstream: Callable, state: LoopState) -> Callable:
 
 def _flops(_: Callable, state: LoopState) -> Callable:
     def num_floating_point_operations(args: Any, batch_size: int, **__: Any) -> float:
+        """Of the step just done; 0 before the first."""
         if state.train is None or args.consumed_train_samples < batch_size:
             return 0.0
         return step_flops(state, args.consumed_train_samples - batch_size)
@@ -103,6 +104,7 @@ def step_flops(state: LoopState, consumed: int) -> float:
 
 def _training_log(upstream: Callable, state: LoopState) -> Callable:
     def training_log(loss_dict: dict, total_loss_dict: dict, learning_rate: float, iteration: int, *rest: Any, **kwargs: Any) -> Any:
+        """Upstream's lines, then our own and a row of metrics.jsonl."""
         skipped, grad_norm = rest[2], rest[3]
         state.iteration = iteration
         reported = upstream(loss_dict, total_loss_dict, learning_rate, iteration, *rest, **kwargs)
@@ -160,6 +162,7 @@ def _evaluate_and_print(_: Callable, state: LoopState) -> Callable:
 
 def _resume(upstream: Callable, state: LoopState) -> Callable:
     def check_checkpoint_args(checkpoint_args: Any, *args: Any, **kwargs: Any) -> None:
+        """Upstream's check, then what the checkpoint holds of ours."""
         upstream(checkpoint_args, *args, **kwargs)
         state.on_resume(checkpoint_args)
 

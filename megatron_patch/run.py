@@ -120,6 +120,7 @@ def model_config(args: argparse.Namespace, chunks: list[Any]) -> Any:
     resumes = bool(args.load and checkpoint_exists(args.load))
 
     def fill(built: list[Any]) -> list[Any]:
+        """Hugging Face weights into the model chunks, unless a checkpoint will be loaded; keeps hold of the chunks."""
         if not resumes:
             load_hf_weights(built, args.hf_path)
         chunks.extend(built)

@@ -23,6 +23,7 @@ def parse_weighted_prefixes(words: Sequence[str]) -> tuple[list[str], list[float
         ValueError: a weight without a prefix, or weights for some prefixes only.
     """
     def number(word: str) -> float | None:
+        """A weight, or None for a prefix."""
         try:
             return float(word)
         except ValueError:

@@ -126,6 +126,7 @@ class _Batch:
 
     @classmethod
     def of(cls, prompts: Sequence[Sequence[int]], device: torch.device) -> "_Batch":
+        """All prompts (token ids), padded on the left; ValueError for an empty one."""
         lengths = [len(prompt) for prompt in prompts]
         if not min(lengths):
             raise ValueError(f"prompt {lengths.index(0)} is empty")

@@ -32,7 +32,8 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tens
     row = torch.repeat_interleave(torch.arange(sequences, device=query.device), lengths, output_size=query.size(0))
     slot = row * max_seqlen + torch.arange(query.size(0), device=query.device) - cu_seqlens[:-1].long()[row]  # [T] into S * L
 
-    def spread(packed: Tensor) -> Tensor:  # [T, H, D] -> [S, H, L, D]
+    def spread(packed: Tensor) -> Tensor:
+        """[T, H, D] -> [S, H, L, D], zeros where a sequence has no token."""
         grid = packed.new_zeros(sequences * max_seqlen, *packed.shape[1:]).index_copy(0, slot, packed)
         return grid.view(sequences, max_seqlen, *packed.shape[1:]).transpose(1, 2)
 

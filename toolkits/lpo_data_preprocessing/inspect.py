@@ -97,6 +97,7 @@ def _run(args: argparse.Namespace) -> None:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        """argparse's complaint as a ValueError."""
         raise ValueError(f"{message} (see --help)")
 
 

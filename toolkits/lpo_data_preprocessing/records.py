@@ -209,6 +209,7 @@ class CommandParser(argparse.ArgumentParser):
         self.add_argument("--update", action="store_true", help="replace an existing output unless it is of the same input and options")
 
     def error(self, message: str) -> NoReturn:
+        """argparse's complaint as a ValueError."""
         raise ValueError(f"{message} (see --help)")
 
 
@@ -276,10 +277,12 @@ class _Lines:
     """A stream on which a progress bar makes lines instead of overwriting one."""
 
     def write(self, text: str) -> None:
+        """One line, unless there is nothing in it."""
         if text.strip():
             sys.stderr.write(text.strip() + "\n")
 
     def flush(self) -> None:
+        """As of any stream."""
         sys.stderr.flush()
 
 
