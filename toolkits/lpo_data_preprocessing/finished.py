@@ -78,6 +78,7 @@ class Finished:
 
     def begin(self, plan: Plan) -> None:
         """Say whose the output will be. What is there already keeps its plan: it stays finished until it is replaced."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         self.remove_stale()
         if not self.path.exists():
             write_json(self.path, {"plan": dict(plan), "outputs": None})

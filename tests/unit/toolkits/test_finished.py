@@ -48,6 +48,13 @@ def test_the_same_is_kept(stage: Stage) -> None:
     assert stage(n=1, overwrite=True) == "made"
 
 
+def test_the_output_s_folder_is_made(tmp_path: Path) -> None:
+    (tmp_path / "in").write_text("text")
+    args = Namespace(input=str(tmp_path / "in"), output=str(tmp_path / "a/b/out"), update=False, overwrite=False)
+    output = Path(args.output)
+    assert make_once(args, Ingredients([tmp_path / "in"], [output]), lambda: str(output.write_text("made"))) == "4"
+
+
 def _another_input(stage: Stage) -> None:
     (stage.folder / "in").write_text("other")
 
