@@ -217,7 +217,8 @@ def install() -> None:
     os.environ.update(ENVIRONMENT)
     if torch.cuda.is_initialized():
         raise RuntimeError("cpu_backend.install() must run before CUDA is initialised in this process")
-    importlib.import_module("torch._dynamo")  # first: its table of torch functions refuses one that stands in for several
+    dynamo_config = importlib.import_module("torch._dynamo.config")  # read the environment already, where dynamo was imported earlier
+    dynamo_config.disable = True  # type: ignore[attr-defined]
     _apply(CUDA_STANDINS)
     mode = _CpuForCuda()
     mode.__enter__()

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megatron_patch.data.atomic_files import atomic_path, flush, read_json, sha256_file, temporary_path, write_json
+from megatron_patch.data.atomic_files import atomic_path, flush, read_json, remove_stale, sha256_file, temporary_path, write_json
 from megatron_patch.data.indexed_file import IndexedFile
 from megatron_patch.data.store_columns import ColumnBuilder, Columns
 
@@ -115,6 +115,8 @@ class PairStoreWriter:
 
     def __enter__(self) -> "PairStoreWriter":
         self.prefix.parent.mkdir(parents=True, exist_ok=True)
+        for suffix in (*_DATA_SUFFIXES, ".json"):
+            remove_stale(_file(self.prefix, suffix))
         self._sequences = IndexedFile(self._temporary(".bin"))
         return self
 

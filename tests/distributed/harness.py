@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests import fork_server
+
 ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / "examples/qwen2_5/train_qwen.py"
 REFERENCE = ROOT / "toolkits/lpo_data_preprocessing/reference_logps.py"
@@ -23,7 +25,6 @@ ALTERED = ROOT / "tests/distributed/altered.py"
 TIMEOUT_S = 180
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.distributed.preloaded"])
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ def launch(ranks: int, entry: Path, argv: Sequence[Any], log: Path, environment:
         _context.Process(target=_rank, args=(rank, ranks, port, str(entry), words, f"{log}.{rank}", dict(environment or {})))
         for rank in range(ranks)
     ]
+    fork_server.use(["tests.distributed.preloaded"])
     for process in processes:
         process.start()
     spread = _wait(processes)

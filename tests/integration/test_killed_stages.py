@@ -21,14 +21,15 @@ from typing import Any
 
 import pytest
 
+from tests import fork_server
+
 ROOT = Path(__file__).parents[2]
 STAGES = ("normalise", "candidates", "select", "build_pairs")
 TIMES = {"ci": 3, "full": 20}
 pytestmark = pytest.mark.ci
 
 _context = multiprocessing.get_context("forkserver")
-_modules = [f"toolkits.lpo_data_preprocessing.{name}" for name in STAGES]
-_context.set_forkserver_preload([*_modules, "transformers.models.qwen2.modeling_qwen2"])
+MODULES = [*(f"toolkits.lpo_data_preprocessing.{name}" for name in STAGES), "transformers.models.qwen2.modeling_qwen2"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ def run_stage(stage: str, argv: list[str]) -> None:
 
 def start(materials: Materials, stage: str, folder: Path) -> Any:
     folder.mkdir(exist_ok=True)
+    fork_server.use(MODULES)
     process = _context.Process(target=run_stage, args=(stage, materials.argv(stage, folder)))
     process.start()
     return process

@@ -3,6 +3,8 @@
 import ast
 import inspect
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,6 +34,18 @@ def test_redirected_attribute_exists_and_is_still_its_own(patch):
     original = getattr(cpu_backend._resolve(patch.module), patch.attribute)
     assert callable(original) and callable(patch.standin)
     assert original is not patch.standin or patch.standin is torch.manual_seed, "the CPU backend is installed in a pytest process"
+
+
+def test_nothing_is_compiled_where_dynamo_was_imported_before():
+    code = """
+import torch, torch._dynamo.utils as dynamo
+from megatron_patch import cpu_backend
+cpu_backend.install()
+assert torch.compile(lambda x: x + 1)(torch.zeros(1)).item() == 1
+assert not dynamo.counters["frames"], dynamo.counters["frames"]
+"""
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 def test_no_attribute_is_redirected_twice():
