@@ -38,11 +38,11 @@ def test_redirected_attribute_exists_and_is_still_its_own(patch):
 
 def test_nothing_is_compiled_where_dynamo_was_imported_before():
     code = """
-import torch, torch._dynamo.utils as dynamo
+import torch._dynamo
 from megatron_patch import cpu_backend
+assert not torch._dynamo.config.disable
 cpu_backend.install()
-assert torch.compile(lambda x: x + 1)(torch.zeros(1)).item() == 1
-assert not dynamo.counters["frames"], dynamo.counters["frames"]
+assert torch._dynamo.config.disable
 """
     run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
