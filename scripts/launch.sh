@@ -131,10 +131,12 @@ sharded() {
 
 supervise() { "$@" & wait_for $!; }
 
+terminated=0
 trap 'exit 75' TERM # when what is in the foreground has ended
 
 # The exit code of a job of this shell. Meanwhile SIGTERM (a user's kill, a preemption) goes on to it and its fellows, and USR1 (SLURM's
-# warning before the time limit) to what they started.
+# warning before the time limit) to what they started. A job that SIGTERM met when its work was done (0, or 143 while Python ends) is
+# preempted too: the next one is not started.
 wait_for() {
   local job=$1 code=0; shift
   trap 'terminated=1; pass_on TERM "${@:-$job}" $(descendants "$job")' TERM
@@ -142,6 +144,7 @@ wait_for() {
   while wait "$job" || code=$?; kill -0 "$job" 2>/dev/null; do code=0; done # a trapped signal ends wait early
   trap 'exit 75' TERM
   trap - USR1
+  if [ "$terminated" = 1 ] && [[ $code = 0 || $code = 143 ]]; then return 75; fi
   return "$code"
 }
 
@@ -159,7 +162,6 @@ launch() {
   # USR1 reaches the workers, which torchrun starts in sessions of their own: Megatron saves at the next step. torchrun and srun must
   # not die of it: they inherit "ignore". A pipeline, not >(...): when it has ended the log is complete.
   (trap '' USR1; set -o pipefail; run_torch "${run[@]}" "${flags[@]}" 2>&1 | (trap '' TERM; tee "$log" | show)) &
-  terminated=0
   wait_for $! || code=$?
   if [ "$code" != 0 ]; then
     [ "$terminated" = 0 ] || return 75

@@ -141,6 +141,19 @@ def test_a_failing_share_is_the_whole_s_failure(tmp_path: Path, failing: str) ->
     assert done.returncode == 7 and done.stdout == ""
 
 
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [
+        ("trap '' TERM; kill -TERM $PPID; sleep 0.3", 75), ("kill -TERM $PPID; sleep 9", 75),
+        ("trap 'exit 3' TERM; kill -TERM $PPID; sleep 0.3", 3),
+    ],
+)  # fmt: skip
+def test_told_to_stop_it_starts_nothing_more(tmp_path: Path, end: str, code: int) -> None:
+    """Whatever the command that runs makes of SIGTERM, unless it fails otherwise: preempted."""
+    done = shell(tmp_path, "supervise work; echo next", {"work": end})
+    assert (done.returncode, done.stdout) == (code, "")
+
+
 def test_a_file_of_choices(tmp_path: Path) -> None:
     (tmp_path / "job.env").write_text("# choices\n\nN=4\nINPUT=/data/a b.jsonl\nDEVICE=cuda\nEMPTY=1")
     done = shell(tmp_path, 'echo "$N|$INPUT|$DEVICE|$EMPTY"', {}, CONFIG="job.env", EMPTY="")

@@ -76,6 +76,7 @@ def start(folder, tokenizer):
     process = subprocess.Popen(
         [sys.executable, "-m", "toolkits.lpo_data_preprocessing.build_pairs", *command(folder, tokenizer, "s", 2, "--max-length", 9999)],
         cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells start background jobs with it ignored
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while not any(path.stat().st_size for path in folder.glob(".s.bin.tmp-*")):
