@@ -44,6 +44,12 @@ class PatchArguments:
     max_tokens_per_micro_batch: int = _flag(
         8192, "tokens one micro-batch may hold; the number of micro-batches of a step follows from it", type=int
     )
+    pad_micro_batches: bool = _flag(
+        False, "pad every micro-batch to --max-tokens-per-micro-batch: pipeline stages exchange no shapes", action="store_true"
+    )
+    logps_chunk_tokens: int = _flag(
+        1024, "response tokens whose logits are held at a time: x vocabulary / TP x 4 bytes of memory", type=int
+    )
     loss_type: tuple[str, ...] = _flag(("lpo-ste",), "preference loss, or several to add up; see --help-losses", nargs="+", metavar="NAME")
     loss_weights: list[float] | None = _flag(None, "weight of each of several losses; 1 where not given", type=float, nargs="+")
     beta: float | None = _flag(None, "strength of the preference term (arXiv 2305.18290; LPO: 2508.14947 Eq. 6)", type=float)

@@ -5,10 +5,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_patch.data.packed_batch import PackedBatch
+from megatron_patch.model.packed_attention import PackedLayout
 from megatron_patch.model.response_logps import response_logps
 from megatron_patch.objectives.finetune import finetune_objective
 from megatron_patch.objectives.preference import PreferenceObjective
@@ -16,17 +16,6 @@ from megatron_patch.preference.losses import preference_loss
 from megatron_patch.step_checks import StepChecks
 
 Objective = Callable[[PackedBatch, Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
-
-
-def packed_seq_params(batch: PackedBatch) -> PackedSeqParams:
-    """Megatron's description of the packed row; lengths restart the rotary positions, so there are no position ids."""
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=batch.cu_seqlens,
-        cu_seqlens_kv=batch.cu_seqlens,
-        max_seqlen_q=batch.max_seqlen,
-        max_seqlen_kv=batch.max_seqlen,
-    )
 
 
 def checked_preference(objective: PreferenceObjective, checks: StepChecks) -> Objective:
@@ -60,20 +49,24 @@ class ForwardStep:
     Args:
         objective: ``checked_preference`` or ``checked_finetune``.
         vocab_size: rows of the vocabulary that exist (the padded ones never count).
+        chunk: tokens whose logits are held at a time.
     """
 
-    def __init__(self, objective: Objective, vocab_size: int) -> None:
+    def __init__(self, objective: Objective, vocab_size: int, chunk: int) -> None:
         self.objective = objective
-        self.output_processor = partial(response_logps, vocab_size=vocab_size)
+        self.output_processor = partial(response_logps, vocab_size=vocab_size, chunk=chunk)
 
     def __call__(self, data_iterator: Iterator[PackedBatch], model: Any) -> tuple[Tensor, Callable]:
         """Run this stage; returns its output and the function that turns the last stage's [R] log-probs into a loss."""
-        batch = next(data_iterator).to(torch.cuda.current_device())
+        device = torch.cuda.current_device()
+        batch = next(data_iterator)
+        layout = PackedLayout.of(batch.cu_seqlens.diff().tolist(), device)
+        batch = batch.to(device)
         output = model(
             batch.tokens,
             None,
             None,
-            packed_seq_params=packed_seq_params(batch),
+            packed_seq_params=layout,
             output_processor=self.output_processor,
             output_processor_context=batch.scored,
         )

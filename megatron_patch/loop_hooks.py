@@ -6,13 +6,11 @@ upstream's own does not do (line numbers: megatron-core 0.19.2). ``install`` is 
 
 import json
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from megatron.training import checkpointing, get_args
 from megatron.training import training as mt
@@ -20,6 +18,7 @@ from megatron.training.global_vars import get_tensorboard_writer
 
 from megatron_patch.data.pair_dataset import MicroBatchStream
 from megatron_patch.model.qwen2 import Qwen2Config
+from megatron_patch.throughput import StepClock, peak_flops, peak_memory, sample_flops
 
 
 @dataclass
@@ -33,7 +32,7 @@ class LoopState:
     save: Path | None
     on_resume: Callable[[Any], None] = lambda checkpoint_args: None  # told the arguments that a loaded checkpoint was saved with
     console: Callable[[str], None] = field(default=lambda line: print_line(line))
-    last_step_at: float = field(default_factory=time.perf_counter)
+    clock: StepClock = field(default_factory=StepClock)
     last_evaluated: int = -1
     iteration: int | None = None  # steps done; None before the first of this process
 
@@ -53,36 +52,38 @@ def print_line(line: str) -> None:
     sys.stdout.flush()
 
 
-def useful_flops(model: Qwen2Config, lengths: np.ndarray, scored: int) -> float:
-    """Floating-point operations that forward and backward need, padding and recomputation not counted.
-
-    6 x body parameters x real tokens + causal attention (6 x heads x head_dim x length^2 per layer and sequence)
-    + 6 x output layer x scored tokens.
-
-    Args:
-        lengths: tokens of each sequence. scored: response tokens, those the output layer must see.
-    """
-    projections = model.hidden * model.head_dim * (2 * model.heads + 2 * model.kv_groups)
-    body = model.layers * (projections + 3 * model.hidden * model.ffn)
-    squares = float(np.square(lengths, dtype=np.float64).sum())
-    attention_scores = model.layers * model.heads * model.head_dim * squares
-    return 6.0 * (body * float(lengths.sum()) + attention_scores + model.hidden * model.vocab * scored)
-
-
 def _schedule(upstream: Callable, state: LoopState) -> Callable:
     """The plan decides how many micro-batches a step has; the calculator keeps the nominal number, so samples are counted right."""
 
     def get_forward_backward_func(*args: Any, **kwargs: Any) -> Callable:
         schedule = upstream(*args, **kwargs)
 
-        def run_schedule(*, num_microbatches: int, forward_only: bool = False, **rest: Any) -> Any:
+        def run_schedule(*, num_microbatches: int, data_iterator: Any, forward_only: bool = False, **rest: Any) -> Any:
             stream, consumed = (state.valid, 0) if forward_only else (state.train, get_args().consumed_train_samples)
             planned = len(stream.plan.step(consumed)) if stream is not None else num_microbatches
-            return schedule(num_microbatches=planned, forward_only=forward_only, **rest)
+            with state.clock.phase("forward_backward"):
+                timed = _timed(data_iterator, state.clock)
+                result = schedule(num_microbatches=planned, data_iterator=timed, forward_only=forward_only, **rest)
+                torch.cuda.synchronize()  # once a step: kernels still running are not the optimizer's time
+            return result
 
         return run_schedule
 
     return get_forward_backward_func
+
+
+def _timed(data_iterator: Any, clock: StepClock) -> Any:
+    """One iterator, or one for each virtual stage."""
+    return [clock.waited_for(each) for each in data_iterator] if isinstance(data_iterator, list) else clock.waited_for(data_iterator)
+
+
+def _train_step(upstream: Callable, state: LoopState) -> Callable:
+    def train_step(*args: Any, **kwargs: Any) -> Any:
+        """What of a step is neither data nor forward and backward is the optimizer's time."""
+        with state.clock.phase("optimizer"):
+            return upstream(*args, **kwargs)
+
+    return train_step
 
 
 def _flops(_: Callable, state: LoopState) -> Callable:
@@ -99,7 +100,7 @@ def step_flops(state: LoopState, consumed: int) -> float:
     """Useful FLOPs of the global batch that starts after ``consumed`` pairs, over all devices."""
     assert state.train is not None
     samples, pairs = state.train.samples, state.train.plan.pairs(consumed)
-    return useful_flops(state.model, samples.lengths[pairs], int(samples.scored_lengths[pairs].sum()))
+    return float(sample_flops(state.model, samples.lengths[pairs], samples.scored_lengths[pairs]).sum())
 
 
 def _training_log(upstream: Callable, state: LoopState) -> Callable:
@@ -108,15 +109,16 @@ def _training_log(upstream: Callable, state: LoopState) -> Callable:
         skipped, grad_norm = rest[2], rest[3]
         state.iteration = iteration
         reported = upstream(loss_dict, total_loss_dict, learning_rate, iteration, *rest, **kwargs)
-        now = time.perf_counter()
-        seconds, state.last_step_at = now - state.last_step_at, now
+        measured = _largest(state.clock.lap() | {"peak_memory_bytes": peak_memory()})
         if _writes_metrics():
             args = get_args()
             consumed = args.consumed_train_samples - args.global_batch_size
             row: dict[str, Any] = {"iteration": iteration, "consumed_samples": args.consumed_train_samples}
             row |= {name: float(value) for name, value in loss_dict.items()}
-            row |= {"grad_norm": grad_norm, "learning_rate": learning_rate, "skipped": int(skipped), "seconds": seconds}
-            row |= _speed(state, consumed, seconds, args.world_size)
+            row |= {"grad_norm": grad_norm, "learning_rate": learning_rate, "skipped": int(skipped)}
+            speed = measured | _speed(state, consumed, measured["seconds"], args.world_size)
+            _show_in_tensorboard(speed, iteration)
+            row |= speed
             record_metrics(state, row)
             state.console(_console_line(state.mode, f"step {iteration}/{args.train_iters}", row))
         return reported
@@ -124,15 +126,35 @@ def _training_log(upstream: Callable, state: LoopState) -> Callable:
     return training_log
 
 
+def _largest(values: dict[str, float]) -> dict[str, float]:
+    """The largest of any rank; collective."""
+    reduced = torch.tensor(list(values.values()), dtype=torch.float64, device=torch.cuda.current_device())
+    torch.distributed.all_reduce(reduced, op=torch.distributed.ReduceOp.MAX)
+    return dict(zip(values, reduced.tolist(), strict=True))
+
+
 def _speed(state: LoopState, consumed: int, seconds: float, devices: int) -> dict[str, float]:
+    """How fast a step went and how well it was planned; docs/metrics.md says what each is."""
     assert state.train is not None
-    plan, samples = state.train.plan, state.train.samples
+    stream, plan = state.train, state.train.plan
+    tokens = float(stream.samples.tokens[plan.pairs(consumed)].sum())
+    flops, peak = step_flops(state, consumed) / seconds / devices, peak_flops()
     return {
         "pairs_per_second": plan.batch / seconds,
-        "tokens_per_second": float(samples.tokens[plan.pairs(consumed)].sum()) / seconds,
-        "tflops_per_device": step_flops(state, consumed) / seconds / devices / 1e12,
+        "tokens_per_second": tokens / seconds,
+        "tflops_per_device": flops / 1e12,
+        **({"mfu": flops / peak} if peak else {}),
         "micro_batches": len(plan.step(consumed)),
+        "imbalance": plan.imbalance(consumed),
+        "padding_fraction": 1 - tokens / stream.packed_tokens(consumed),
     }
+
+
+def _show_in_tensorboard(values: dict[str, float], iteration: int) -> None:
+    writer = get_tensorboard_writer()
+    if writer:
+        for name, value in values.items():
+            writer.add_scalar(name, value, iteration)
 
 
 def _evaluate_and_print(_: Callable, state: LoopState) -> Callable:
@@ -146,16 +168,13 @@ def _evaluate_and_print(_: Callable, state: LoopState) -> Callable:
         state.last_evaluated = iteration
         groups = {name: kwargs.get(name) for name in ("pg_collection", "p2p_communicator")}
         results, _, timed_out = mt.evaluate(forward_step_func, data_iterator, model, process, config, verbose=False, **groups)
+        state.clock.lap()  # no step pays for it
         if timed_out or not _writes_metrics():
             return
         row = {"iteration": iteration, **{f"eval_{name}": float(value) for name, value in results.items()}}
         record_metrics(state, row)
-        writer = get_tensorboard_writer()
-        if writer:
-            for name, value in row.items():
-                writer.add_scalar(name, value, iteration)
+        _show_in_tensorboard(row, iteration)
         state.console(_console_line(state.mode, f"evaluation at step {iteration}", row))
-        state.last_step_at = time.perf_counter()
 
     return evaluate_and_print_results
 
@@ -171,6 +190,7 @@ def _resume(upstream: Callable, state: LoopState) -> Callable:
 
 HOOKS = (
     Hook("get_forward_backward_func", _schedule, "training.py:3614 and :4198 take M from the batch size; ours follows from the plan"),
+    Hook("train_step", _train_step, "training.py:3856 calls it; its own timers want barriers"),
     Hook("training_log", _training_log, "training.py:2881 hides negative metrics, such as every log-prob"),
     Hook("evaluate_and_print_results", _evaluate_and_print, "training.py:4418 prints a perplexity of every metric"),
     Hook("num_floating_point_operations", _flops, "training.py:391 counts padding and the logits of every prompt token"),
@@ -213,4 +233,6 @@ def _console_line(mode: str, where: str, row: dict[str, Any]) -> str:
     parts = [f"{name.rpartition('/')[2] if name.startswith('lpo') else name} {value:.4f}" for name, value in named if value is not None]
     if "learning_rate" in row:
         parts += [f"lr {row['learning_rate'] or 0:.3g}", f"{row['pairs_per_second']:.1f} samples/s"]
+        parts += [f"{row['tflops_per_device']:.3g} TFLOP/s" + (f" (MFU {row['mfu']:.1%})" if "mfu" in row else "")]
+        parts += [f"{row['peak_memory_bytes'] / 2**30:.1f} GiB"]
     return f"[{mode}] {where} | " + " | ".join(parts)

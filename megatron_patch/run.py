@@ -39,6 +39,7 @@ from megatron_patch.objectives.loss_statistics import LossStatistics
 from megatron_patch.objectives.preference import PreferenceObjective
 from megatron_patch.preference.losses import LossSum, loss_entry, needs_peers, needs_reference
 from megatron_patch.step_checks import StepChecks, StepZero
+from megatron_patch.throughput import sample_flops
 
 STORE_KINDS = {"xpo": preference.STORE_KIND, "finetune": finetune.STORE_KIND, "pretrain": pretrain.STORE_KIND}
 
@@ -59,6 +60,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--micro-batch-size {args.micro_batch_size}: micro-batches are planned from tokens; use --max-tokens-per-micro-batch"
         )
+    if args.logps_chunk_tokens < 1:
+        raise ValueError(f"--logps-chunk-tokens {args.logps_chunk_tokens}: needs at least one token at a time")
     if args.transformer_impl == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
         raise ValueError("--transformer-impl transformer_engine: the package is not installed (requirements-gpu.txt)")
     if args.fp16:
@@ -113,10 +116,12 @@ def model_config(args: argparse.Namespace, chunks: list[Any]) -> Any:
 
     ``chunks`` receives this rank's model chunks, before DDP wraps them.
     """
+    if args.pad_micro_batches:
+        args.seq_length = least_row(args)  # what pipeline stages expect from each other
     config = gpt_config_from_args(args)
     config.transformer_layer_spec = qwen2_block_spec
-    # No flag reaches this (arguments.py:1232 forces it off); pipeline stages must exchange the shapes of packed rows.
-    config.transformer.variable_seq_lengths = True
+    # No flag reaches this (arguments.py:1232 forces it off); stages must exchange the shapes of packed rows, unless all are alike.
+    config.transformer.variable_seq_lengths = not args.pad_micro_batches
     resumes = bool(args.load and checkpoint_exists(args.load))
 
     def fill(built: list[Any]) -> list[Any]:
@@ -159,14 +164,27 @@ def stream(
         max_tokens=args.max_tokens_per_micro_batch,
         multiple_of=args.pipeline_model_parallel_size if virtual else 1,
         together=together,
+        cost=sample_flops(read_qwen2_config(args.hf_path), samples.lengths, samples.scored_lengths),
     )
     return MicroBatchStream(
         samples,
         plan,
         rank=parallel_state.get_data_parallel_rank(),
-        multiple_of=args.tensor_model_parallel_size if args.sequence_parallel else 1,
+        multiple_of=row_multiple(args),
         vocab_size=vocab_size,
+        at_least=least_row(args),
     )
+
+
+def row_multiple(args: argparse.Namespace) -> int:
+    """What the tokens of every packed row must be a multiple of."""
+    return args.tensor_model_parallel_size if args.sequence_parallel else 1
+
+
+def least_row(args: argparse.Namespace) -> int:
+    """Tokens that every packed row has at least: with ``--pad-micro-batches`` what each has."""
+    multiple = row_multiple(args)
+    return -(-args.max_tokens_per_micro_batch // multiple) * multiple if args.pad_micro_batches else 1
 
 
 def full_pass(args: argparse.Namespace, samples: SampleSet, vocab_size: int, together: bool = False) -> MicroBatchStream:
@@ -205,7 +223,7 @@ class TrainingRun:
             on_step_zero=self._report_step_zero,
             allow_mismatch=args.allow_reference_mismatch,
         )
-        self.forward_step = ForwardStep(self._objective(), self.model.vocab)
+        self.forward_step = ForwardStep(self._objective(), self.model.vocab, args.logps_chunk_tokens)
         self.hooks = loop_hooks.LoopState(args.train_mode, self.model, None, None, self.save, on_resume=self._restore_statistics)
 
     def _finds_a_reference(self) -> bool:

@@ -74,16 +74,24 @@ def _largest_remainder(weights: Sequence[float], total: int) -> list[int]:
 
 
 def split_by_cost(
-    pairs: np.ndarray, tokens: np.ndarray, *, ranks: int, max_tokens: int, multiple_of: int, together: bool = False
+    pairs: np.ndarray,
+    tokens: np.ndarray,
+    *,
+    ranks: int,
+    max_tokens: int,
+    multiple_of: int,
+    cost: np.ndarray | None = None,
+    together: bool = False,
 ) -> list[list[np.ndarray]]:
     """Split the pairs of one global batch into M micro-batches on each of D ranks, of nearly equal cost.
 
-    Longest pair first into the emptiest bin; M is the smallest multiple of ``multiple_of`` for which no bin holds more than
-    ``max_tokens``. Bins may stay empty.
+    Costliest pair first into the cheapest bin that has room for its tokens; M is the smallest multiple of ``multiple_of`` for which all
+    find room. Bins may stay empty.
 
     Args:
         pairs: int64 [G] pair numbers. tokens: [G] tokens of each pair (prompt counted once per response).
         ranks: D. max_tokens: tokens a micro-batch may hold. multiple_of: PP under virtual PP, else 1.
+        cost: [G] what each pair costs to compute; None: its tokens. (Attention makes long sequences cost more than their tokens.)
         together: which pairs share a micro-batch (of all ranks) must depend on M alone, not on D: for losses that look at the whole of
             it. Costs balance: ranks wait longer for the slowest of each micro-batch, by some percent and with few long pairs a bin by 15.
     Returns:
@@ -97,39 +105,47 @@ def split_by_cost(
     slots = max(1, -(-int(tokens.sum()) // (ranks * max_tokens)))
     slots = -(-slots // multiple_of) * multiple_of
     split = _split_together if together else _split_by_load
+    cost = tokens if cost is None else cost
     while True:
-        plan = split(tokens, slots, ranks)
-        if all(tokens[share].sum() <= max_tokens for slot in plan for share in slot):
+        plan = split(cost, tokens, slots, ranks, max_tokens)
+        if plan is not None:
             return [[pairs[share] for share in slot] for slot in plan]
         slots += multiple_of
 
 
-def _split_by_load(tokens: np.ndarray, slots: int, ranks: int) -> list[list[np.ndarray]]:
-    """Bins of similar load share a micro-batch, so that ranks finish it together."""
-    bins = _longest_first(tokens, slots * ranks)
-    return [bins[m * ranks : (m + 1) * ranks] for m in range(slots)]
+def _split_by_load(cost: np.ndarray, tokens: np.ndarray, slots: int, ranks: int, room: int) -> list[list[np.ndarray]] | None:
+    """Bins of similar load share a micro-batch, so that ranks finish it together; which rank has the fullest alternates."""
+    bins = _costliest_first(cost, tokens, slots * ranks, room)
+    if bins is None:
+        return None
+    return [bins[m * ranks : (m + 1) * ranks][:: -1 if m % 2 else 1] for m in range(slots)]
 
 
-def _split_together(tokens: np.ndarray, slots: int, ranks: int) -> list[list[np.ndarray]]:
+def _split_together(cost: np.ndarray, tokens: np.ndarray, slots: int, ranks: int, room: int) -> list[list[np.ndarray]] | None:
     """First into micro-batches, then each over the ranks, its fullest share to the rank that has had least so far."""
-    so_far = np.zeros(ranks, dtype=np.int64)
+    so_far = np.zeros(ranks)
     plan = []
-    for members in _longest_first(tokens, slots):
-        shares = [members[part] for part in _longest_first(tokens[members], ranks)]
-        of_rank = dict(zip(np.argsort(so_far, kind="stable").tolist(), shares, strict=True))
-        plan.append([of_rank[rank] for rank in range(ranks)])
-        so_far += [int(tokens[share].sum()) for share in plan[-1]]
+    for members in _costliest_first(cost, tokens, slots, int(tokens.sum())) or []:
+        parts = _costliest_first(cost[members], tokens[members], ranks, room)
+        if parts is None:
+            return None
+        of_rank = dict(zip(np.argsort(so_far, kind="stable").tolist(), parts, strict=True))
+        plan.append([members[of_rank[rank]] for rank in range(ranks)])
+        so_far += [float(cost[share].sum()) for share in plan[-1]]
     return plan
 
 
-def _longest_first(tokens: np.ndarray, count: int) -> list[np.ndarray]:
-    """``count`` bins of nearly equal cost, the fullest first: indices into ``tokens``, ascending in each bin."""
+def _costliest_first(cost: np.ndarray, tokens: np.ndarray, count: int, room: int) -> list[np.ndarray] | None:
+    """``count`` bins of nearly equal cost and at most ``room`` tokens, costliest first: ascending indices. None: some find no room."""
     bins: list[list[int]] = [[] for _ in range(count)]
-    loads = np.zeros(count, dtype=np.int64)
-    for i in np.argsort(-tokens, kind="stable"):
-        b = int(np.argmin(loads))
+    loads, filled = np.zeros(count), np.zeros(count, dtype=np.int64)
+    for i in np.argsort(-cost, kind="stable"):
+        b = int(np.argmin(np.where(filled + tokens[i] <= room, loads, math.inf)))
+        if filled[b] + tokens[i] > room:
+            return None
         bins[b].append(int(i))
-        loads[b] += tokens[i]
+        loads[b] += cost[i]
+        filled[b] += tokens[i]
     return [np.sort(np.array(bins[b], dtype=np.int64)) for b in np.argsort(-loads, kind="stable")]
 
 
@@ -137,15 +153,25 @@ class BatchPlan:
     """Steps of a run: which pairs each rank's micro-batches hold.
 
     Args:
-        order: positions to pairs. tokens: int64 [all pairs], the cost of each. batch: G pairs a step.
-        ranks, max_tokens, multiple_of, together: as in ``split_by_cost``.
+        order: positions to pairs. tokens: int64 [all pairs], what counts towards ``max_tokens``. cost: [all pairs], what is balanced;
+            None: the tokens. batch: G pairs a step. ranks, max_tokens, multiple_of, together: as in ``split_by_cost``.
     """
 
     def __init__(
-        self, order: PairOrder, tokens: np.ndarray, *, batch: int, ranks: int, max_tokens: int, multiple_of: int = 1, together: bool = False
+        self,
+        order: PairOrder,
+        tokens: np.ndarray,
+        *,
+        batch: int,
+        ranks: int,
+        max_tokens: int,
+        multiple_of: int = 1,
+        together: bool = False,
+        cost: np.ndarray | None = None,
     ) -> None:
         self.order, self.tokens, self.batch, self.ranks, self.max_tokens = order, tokens, batch, ranks, max_tokens
         self.multiple_of, self.together = multiple_of, together
+        self.cost = tokens if cost is None else cost
         self.step = lru_cache(maxsize=4)(self._make_step)
 
     def pairs(self, consumed: int) -> np.ndarray:
@@ -160,13 +186,20 @@ class BatchPlan:
             ranks=self.ranks,
             max_tokens=self.max_tokens,
             multiple_of=self.multiple_of,
+            cost=self.cost[pairs],
             together=self.together,
         )
+
+    def imbalance(self, consumed: int) -> float:
+        """Largest cost of a micro-batch over their mean, over all ranks: 1 is perfect; the time lost under pipelining is at most this."""
+        costs = [self.cost[share].sum() for slot in self.step(consumed) for share in slot]
+        return float(max(costs) / (sum(costs) / len(costs)))
 
     def first_split_step(self, consumed: int, end: int) -> int | None:
         """Where, from ``consumed`` pairs to ``end``, the first step starts that has several micro-batches; None when there is none.
 
-        Longest-first fills no rank above mean + (1 - 1/D) longest (Graham 1969): most steps need no planning to be sure.
+        A pair finds no room only if all ranks hold more than max - its own tokens, so below mean + (1 - 1/D) longest all find some: most
+        steps need no planning to be sure.
         """
         for start in range(consumed, end, self.batch):
             tokens = self.tokens[self.pairs(start)]

@@ -1,6 +1,7 @@
 """One micro-batch as one packed (THD) row: sequences end to end, no attention across them, positions restarting at each.
 
-The only padding is one dummy, unscored sequence that brings the row to a multiple of what sequence parallelism needs.
+The only padding is at the end: dummy, unscored sequences that bring the row to a multiple of what sequence parallelism needs, or to a fixed
+length where one is asked for.
 """
 
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from megatron_patch.preference.logps import ScoredTargets, scored_targets
 # P pairs (samples), R responses, S sequences, T packed tokens, N scored tokens.
 
 PAD_TOKEN = 0  # never scored and never attended to by a real token, so any id will do
+_LONGEST_DUMMY = 128  # tokens: padding attends to itself, which costs the square
 
 
 class Sample(NamedTuple):
@@ -39,7 +41,6 @@ class PackedBatch:
 
     tokens: Tensor  # int64 [1, T]
     cu_seqlens: Tensor  # int32 [S + 1], the dummy sequence included
-    max_seqlen: int  # tokens of the longest sequence
     scored: ScoredTargets  # where the model predicts what, for which of R responses
     lengths: Tensor  # int64 [R], scored tokens of each response
     reference: Tensor  # float64 [R], nats; NaN when the store has no reference
@@ -72,8 +73,9 @@ def pack(
     vocab_size: int,
     responses_per_sample: int,
     samples_by_rank: tuple[int, ...] | None = None,
+    at_least: int = 1,
 ) -> PackedBatch:
-    """Pack ``samples`` (possibly none) into one row whose length is a multiple of ``multiple_of`` tokens.
+    """Pack ``samples`` (possibly none) into one row of ``at_least`` so many tokens and a multiple of ``multiple_of``.
 
     ``samples_by_rank``: how many samples every data-parallel rank packs at the same time; None when this rank is alone.
 
@@ -88,17 +90,17 @@ def pack(
             sequences.append(ids)
             response_of_token.append(np.where(is_scored, r * len(samples) + p, -1))
     length = sum(map(len, sequences))
-    filler = -length % multiple_of if length else multiple_of
-    if filler:
-        sequences.append(np.full(filler, PAD_TOKEN, dtype=np.int32))
-        response_of_token.append(np.full(filler, -1))
+    filler = -(-max(length, at_least) // multiple_of) * multiple_of - length
+    for start in range(0, filler, _LONGEST_DUMMY):
+        dummy = min(_LONGEST_DUMMY, filler - start)
+        sequences.append(np.full(dummy, PAD_TOKEN, dtype=np.int32))
+        response_of_token.append(np.full(dummy, -1))
     tokens = torch.from_numpy(np.concatenate(sequences)).long()
     responses = len(samples) * responses_per_sample
     scored = scored_targets(tokens, torch.from_numpy(np.concatenate(response_of_token)).long(), responses)
     return PackedBatch(
         tokens=tokens.unsqueeze(0),
         cu_seqlens=torch.from_numpy(np.cumsum([0, *map(len, sequences)], dtype=np.int32)),
-        max_seqlen=max(map(len, sequences)),
         scored=scored,
         lengths=torch.bincount(scored.response, minlength=responses),
         reference=_by_response([s.reference for s in samples], responses_per_sample),

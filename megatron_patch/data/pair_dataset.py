@@ -148,6 +148,7 @@ class MicroBatchStream:
     rank: int  # data-parallel rank
     multiple_of: int  # tokens: TP under sequence parallelism
     vocab_size: int
+    at_least: int = 1  # tokens of every row
 
     def batch(self, slot: Sequence[np.ndarray]) -> PackedBatch:
         """This rank's packed micro-batch of a slot of the plan, which holds the sample numbers of every rank."""
@@ -157,7 +158,13 @@ class MicroBatchStream:
             vocab_size=self.vocab_size,
             responses_per_sample=self.samples.responses_per_sample,
             samples_by_rank=tuple(map(len, slot)),
+            at_least=self.at_least,
         )
+
+    def packed_tokens(self, consumed: int) -> int:
+        """Tokens of all ranks' rows in the step after ``consumed`` pairs, padding included."""
+        held = [int(self.plan.tokens[share].sum()) for slot in self.plan.step(consumed) for share in slot]
+        return sum(-(-max(tokens, self.at_least) // self.multiple_of) * self.multiple_of for tokens in held)
 
     def from_position(self, consumed: int) -> Iterator[PackedBatch]:
         """Endless: this rank's micro-batches of the step after ``consumed`` pairs, of the next one, and so on."""

@@ -1,9 +1,20 @@
-"""Causal attention over packed (THD) sequences with torch's ``scaled_dot_product_attention``.
+"""Causal attention over packed (THD) rows: which keys each stretch of queries sees, and the kernel that computes it.
 
-megatron-core's local attention refuses packed sequences, so the torch layer spec brings this one. A packed row of T tokens is
-S sequences end to end; each attends to itself only. The rows are spread over a right-padded [S, L] grid, where a causal mask
-alone keeps the padding out of sight of every real query, so one call serves all sequences without a mask in memory.
+megatron-core's local attention refuses packed sequences, so the torch layer spec brings this one. A packed row is a number of *blocks*
+end to end. A block's queries see some earlier keys and, causally, their own: the mask of a causal attention aligned at its lower right
+corner. Plain sequences have no earlier keys; with them the same words describe a chunk of a sequence (context parallelism) and a
+response behind a prompt that it shares.
+
+On a GPU in half precision the kernel is ``torch.nn.attention.varlen`` (FlashAttention, no padding). Elsewhere blocks of like length are
+spread over right-padded grids, one call of ``scaled_dot_product_attention`` each.
 """
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.util import find_spec
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,34 +24,153 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-# T packed tokens, S sequences, L the longest of them, N query heads and G key/value heads of this rank, D head size.
+# T packed tokens, N query heads and G key/value heads of this rank, D head size; a grid has B blocks of Q queries and K keys.
+
+_ALIKE = 0.875
+"""Blocks share a grid when the shortest has at least this part of the longest one's queries and keys..."""
+_SHORT = 64
+"""...or when none has more tokens than this: then calls cost more than padding."""
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
-    """Causal attention of each sequence of a packed row to itself.
+class Grid(NamedTuple):
+    """Blocks of like length, padded on the right to one shape."""
+
+    shape: tuple[int, int, int]  # B, Q, K
+    queries: Tensor  # int64 [B * Q]: token of each cell; padding repeats the block's first
+    keys: Tensor  # int64 [B * K]
+    mask: Tensor | None  # bool [B, 1, Q, K], true where seen; None for a plain causal one (then Q = K)
+
+
+class Blocks:
+    """What each stretch of a packed row sees, as both kernels need it.
 
     Args:
-        query: [T, N, D]. key, value: [T, G, D], N a multiple of G (grouped-query attention).
-        cu_seqlens: int [S + 1], first token of each sequence and T at the end.
-        max_seqlen: L, in tokens.
+        queries: tokens of each block, end to end in the row. keys: what each sees, its own tokens the last of it; None: these alone.
+        key_tokens: int64 [sum of keys], the rows of the key tensor that the blocks see, end to end; None: the row itself.
+        device: where the row is.
+    """
+
+    def __init__(
+        self, queries: Sequence[int], keys: Sequence[int] | None = None, key_tokens: Tensor | None = None, *, device: Any = "cpu"
+    ) -> None:
+        self.queries, self.keys = list(queries), list(keys if keys is not None else queries)
+        self.key_tokens, self.device = key_tokens, device
+        assert all(0 < q <= k for q, k in zip(self.queries, self.keys, strict=True))
+
+    @cached_property
+    def cumulative(self) -> tuple[Tensor, Tensor]:
+        """int32 [blocks + 1] each: where the blocks' queries and keys start, and the totals."""
+        both = torch.tensor([[0, *accumulate(self.queries)], [0, *accumulate(self.keys)]], dtype=torch.int32).to(self.device)
+        return both[0], both[1]
+
+    @cached_property
+    def grids(self) -> tuple[list[Grid], Tensor]:
+        """Grids that hold all blocks, and int64 [T]: the cell of each token, the grids' query cells numbered end to end."""
+        grids: list[Grid] = []
+        cell_of_token = torch.empty(sum(self.queries), dtype=torch.long)
+        first_query, first_key = ([0, *accumulate(lengths)] for lengths in (self.queries, self.keys))
+        begin = 0
+        for members in self._alike():
+            q, k, start_q, start_k = (torch.tensor([x[b] for b in members]) for x in (self.queries, self.keys, first_query, first_key))
+            shape = (len(members), int(q.max()), int(k.max()))
+            tokens, real = _cells(start_q, q, shape[1])
+            cell_of_token[tokens[real]] = begin + torch.nonzero(real.view(-1)).view(-1)
+            begin += tokens.numel()
+            keys = _cells(start_k, k, shape[2])[0].view(-1).to(self.device)
+            keys = keys if self.key_tokens is None else self.key_tokens[keys]
+            mask = None if torch.equal(q, k) else _lower_right(q, k, shape).to(self.device)
+            grids.append(Grid(shape, tokens.view(-1).to(self.device), keys, mask))
+        return grids, cell_of_token.to(self.device)
+
+    def _alike(self) -> list[list[int]]:
+        """Numbers of the blocks in groups of like length, longest first."""
+        groups: list[list[int]] = []
+        for b in sorted(range(len(self.queries)), key=lambda b: (-self.keys[b], -self.queries[b])):
+            if groups and self._fits(b, groups[-1]):
+                groups[-1].append(b)
+            else:
+                groups.append([b])
+        return groups
+
+    def _fits(self, block: int, group: list[int]) -> bool:
+        most_keys, queries = self.keys[group[0]], [self.queries[b] for b in (*group, block)]
+        return most_keys <= _SHORT or (self.keys[block] >= _ALIKE * most_keys and min(queries) >= _ALIKE * max(queries))
+
+
+def _cells(starts: Tensor, lengths: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """(int64 [B, width] start + offset, the start where padded; bool [B, width], where it is not padded)."""
+    offset = torch.arange(width)
+    real = offset < lengths.unsqueeze(1)
+    return starts.unsqueeze(1) + torch.where(real, offset, 0), real
+
+
+def _lower_right(queries: Tensor, keys: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """bool [B, 1, Q, K]: query i of n sees the keys up to i + k - n."""
+    last_seen = torch.arange(shape[1]) + (keys - queries).unsqueeze(1)
+    return (torch.arange(shape[2]) <= last_seen.unsqueeze(2)).unsqueeze(1)
+
+
+@dataclass
+class PackedLayout(PackedSeqParams):
+    """Megatron's description of a packed row, and what each stretch of it sees."""
+
+    blocks: Blocks = field(kw_only=True)
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: Any) -> "PackedLayout":
+        """Sequences of these lengths, each attending to itself; they restart the rotary positions, so there are no position ids."""
+        blocks = Blocks(lengths, device=device)
+        starts, longest = blocks.cumulative[0], max(lengths)
+        return cls(
+            qkv_format="thd", cu_seqlens_q=starts, cu_seqlens_kv=starts, max_seqlen_q=longest, max_seqlen_kv=longest, blocks=blocks
+        )
+
+
+def has_varlen_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether ``torch.nn.attention.varlen`` computes this: FlashAttention, so CUDA and half precision, torch 2.11 or later."""
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and find_spec("torch.nn.attention.varlen") is not None
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scale: float) -> Tensor:
+    """Attention of each block of a packed row to the keys it sees.
+
+    Args:
+        query: [T, N, D]. key, value: [rows, G, D], N a multiple of G (grouped-query attention); rows = T unless ``blocks`` says which.
         scale: factor on query times key.
     Returns:
         [T, N, D].
     """
-    lengths = cu_seqlens[1:] - cu_seqlens[:-1]
-    sequences = lengths.numel()
-    row = torch.repeat_interleave(torch.arange(sequences, device=query.device), lengths, output_size=query.size(0))
-    slot = row * max_seqlen + torch.arange(query.size(0), device=query.device) - cu_seqlens[:-1].long()[row]  # [T] into S * L
+    attend = _varlen_attention if has_varlen_kernel(query.device, query.dtype) else _grid_attention
+    return attend(query, key, value, blocks, scale)
 
-    def spread(packed: Tensor) -> Tensor:
-        """[T, H, D] -> [S, H, L, D], zeros where a sequence has no token."""
-        grid = packed.new_zeros(sequences * max_seqlen, *packed.shape[1:]).index_copy(0, slot, packed)
-        return grid.view(sequences, max_seqlen, *packed.shape[1:]).transpose(1, 2)
 
-    out = F.scaled_dot_product_attention(
-        spread(query), spread(key), spread(value), is_causal=True, scale=scale, enable_gqa=query.size(1) != key.size(1)
-    )
-    return out.transpose(1, 2).reshape(sequences * max_seqlen, *query.shape[1:]).index_select(0, slot)
+def _varlen_attention(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scale: float) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    if blocks.key_tokens is not None:
+        key, value = key.index_select(0, blocks.key_tokens), value.index_select(0, blocks.key_tokens)
+    of_queries, of_keys = blocks.cumulative
+    return varlen_attn(  # type: ignore[return-value]  # a pair only with return_aux
+        query, key, value, of_queries, of_keys, max(blocks.queries), max(blocks.keys),
+        window_size=(-1, 0), scale=scale, enable_gqa=query.size(1) != key.size(1),
+    )  # fmt: skip
+
+
+def _grid_attention(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scale: float) -> Tensor:
+    grids, cell_of_token = blocks.grids
+
+    def spread(packed: Tensor, tokens: Tensor, rows: int) -> Tensor:
+        """[T, H, D] -> [B, H, Q or K, D]."""
+        return packed.index_select(0, tokens).view(rows, -1, *packed.shape[1:]).transpose(1, 2)
+
+    outputs = []
+    for grid in grids:
+        out = F.scaled_dot_product_attention(
+            spread(query, grid.queries, grid.shape[0]), spread(key, grid.keys, grid.shape[0]), spread(value, grid.keys, grid.shape[0]),
+            attn_mask=grid.mask, is_causal=grid.mask is None, scale=scale, enable_gqa=query.size(1) != key.size(1),
+        )  # fmt: skip
+        outputs.append(out.transpose(1, 2).reshape(-1, *query.shape[1:]))
+    return torch.cat(outputs).index_select(0, cell_of_token)
 
 
 class PackedAttention(MegatronModule):
@@ -72,9 +202,6 @@ class PackedAttention(MegatronModule):
         **_: object,
     ) -> Tensor:
         """query [T, N, D], key and value [T, G, D] -> [T, N * D]."""
-        if packed_seq_params is None:
-            raise ValueError("packed attention needs packed_seq_params: every batch of this project is packed (THD)")
-        out = causal_attention(
-            query, key, value, packed_seq_params.cu_seqlens_q, int(packed_seq_params.max_seqlen_q), self.scale
-        )
-        return out.reshape(out.size(0), -1)
+        if not isinstance(packed_seq_params, PackedLayout):
+            raise ValueError("packed attention needs a PackedLayout: every batch of this project is packed (THD)")
+        return causal_attention(query, key, value, packed_seq_params.blocks, self.scale).flatten(1)

@@ -1,11 +1,14 @@
-"""Hidden states -> one log-prob sum per response, on the last pipeline stage.
+"""Hidden states -> one log-prob sum per response, on the last pipeline stage, without ever holding tokens x vocabulary.
 
 ``response_logps`` is an ``output_processor`` (megatron/core/models/gpt/gpt_model.py:719): upstream hands it the hidden states,
 the output layer and the tied weight, and what it returns is the model's output. Only positions that predict response tokens
-reach the output layer; the log-softmax is vocabulary-parallel, in float32, and never sees the padded rows of the vocabulary.
+reach the output layer, a chunk of them at a time: the chunk's logits are float32, shared out over tensor parallelism by vocabulary,
+used and forgotten, and computed again in backward. So the peak is chunk x vocabulary / TP, whatever the batch. The same idea without
+the vocabulary split: Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models" (arXiv 2411.09009), section 4.
 """
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
@@ -13,51 +16,128 @@ from torch import Tensor
 
 from megatron_patch.preference.logps import ScoredTargets, sum_by_response
 
-# T packed tokens, N scored tokens, R responses, H hidden, V rows of the vocabulary on this rank.
+# T packed tokens, N scored tokens, C of them in a chunk, R responses, H hidden, V rows of the vocabulary on this rank.
+
+_CONVERTED_ROWS = 8192
+"""Rows of a bfloat16 output weight that are float32 at a time where the device has no product that accumulates into float32."""
 
 
-class _VocabParallelLogProb(torch.autograd.Function):
-    """log softmax(logits)[target] with the vocabulary split over a process group.
+class VocabularyShard(NamedTuple):
+    """This rank's part of the output layer and how its tokens are worked through."""
 
-    Forward and backward collectives are explicit, because torch's functional ones fail on gloo subgroups.
+    rows: int
+    """V, padding included."""
+    first_row: int
+    size: int
+    """Rows that exist over all ranks. Rows beyond are -inf: a zero row would take probability mass."""
+    group: Any
+    """The ranks that share the vocabulary."""
+    chunk: int
+    """C, tokens."""
+
+    def own(self, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """(whether this rank has the target's row, the row's number here) of targets [C]."""
+        column = targets - self.first_row
+        return (column >= 0) & (column < self.rows), column.clamp(0, self.rows - 1)
+
+
+def _logits(hidden: Tensor, weight: Tensor, shard: VocabularyShard) -> Tensor:
+    """float32 [C, V] of hidden [C, H] and weight [V, H], -inf in the padded rows.
+
+    float32, because bfloat16 logits of 16 to 32 are 0.125 apart: policy and reference would differ by rounding alone.
+    """
+    if weight.dtype == torch.float32:
+        logits = hidden.float() @ weight.t()
+    elif weight.is_cuda:
+        logits = torch.mm(hidden, weight.t(), out_dtype=torch.float32)  # type: ignore[call-overload]
+    else:
+        logits = hidden.new_empty(hidden.size(0), weight.size(0), dtype=torch.float32)
+        for into, rows in zip(logits.split(_CONVERTED_ROWS, dim=1), weight.split(_CONVERTED_ROWS), strict=True):
+            torch.mm(hidden.float(), rows.float().t(), out=into)
+    existing = shard.size - shard.first_row
+    if existing < shard.rows:
+        logits[:, max(0, existing) :] = float("-inf")
+    return logits
+
+
+def _statistics(hidden: Tensor, weight: Tensor, targets: Tensor, shard: VocabularyShard) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a chunk on this rank, [C] each: the largest logit, the sum of exp(logit - largest), the target's logit or 0."""
+    logits = _logits(hidden, weight, shard)
+    mine, column = shard.own(targets)
+    peak = logits.amax(dim=-1).clamp(min=torch.finfo(torch.float32).min)  # finite on a rank that has padding only
+    chosen = torch.where(mine, logits.gather(-1, column.unsqueeze(-1)).squeeze(-1), 0.0)
+    return peak, logits.sub_(peak.unsqueeze(-1)).exp_().sum(dim=-1), chosen
+
+
+def _grad_logits(
+    hidden: Tensor, weight: Tensor, targets: Tensor, shard: VocabularyShard, peak: Tensor, grad: Tensor, total: Tensor
+) -> Tensor:
+    """float32 [C, V]: grad x (onehot(target) - softmax), with the peak and the total [C] over all ranks."""
+    softmax_times_total = _logits(hidden, weight, shard).sub_(peak.unsqueeze(-1)).exp_()
+    mine, column = shard.own(targets)
+    return softmax_times_total.mul_((-grad / total).unsqueeze(-1)).scatter_add_(-1, column.unsqueeze(-1), (grad * mine).unsqueeze(-1))
+
+
+class _ChunkedLogProbs(torch.autograd.Function):
+    """log softmax(hidden[positions] @ weight^T)[targets], the vocabulary split over a process group, a chunk of positions at a time.
+
+    Forward and backward collectives are explicit, because torch's functional ones fail on gloo subgroups; there are two of [N] floats.
+    The gradient of ``hidden`` is this rank's share: upstream's region in front of it sums over the ranks.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, first_row: int, group: Any) -> Tensor:
-        """logits: [N, V] float32; targets: int64 [N] in global vocabulary rows; returns [N] nats."""
-        peak = logits.max(dim=-1).values
-        torch.distributed.all_reduce(peak, op=torch.distributed.ReduceOp.MAX, group=group)
-        shifted = logits - peak.unsqueeze(-1)
-        total = shifted.exp().sum(dim=-1)
-        mine = (targets >= first_row) & (targets < first_row + logits.size(-1))
-        column = (targets - first_row).clamp(0, logits.size(-1) - 1)
-        chosen = torch.where(mine, shifted.gather(-1, column.unsqueeze(-1)).squeeze(-1), torch.zeros_like(total))
-        torch.distributed.all_reduce(total, group=group)
-        torch.distributed.all_reduce(chosen, group=group)
-        ctx.save_for_backward((shifted - total.log().unsqueeze(-1)).exp_(), mine, column)
-        return chosen - total.log()
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, positions: Tensor, targets: Tensor, shard: VocabularyShard) -> Tensor:
+        """hidden: [T, H]; weight: [V, H]; positions, targets: int64 [N], targets in global vocabulary rows; returns float32 [N] nats."""
+        peak, total, chosen = hidden.new_empty(3, len(targets), dtype=torch.float32)
+        for part in _chunks(len(targets), shard.chunk):
+            peak[part], total[part], chosen[part] = _statistics(hidden[positions[part]], weight, targets[part], shard)
+        own_peak = peak.clone()
+        torch.distributed.all_reduce(peak, op=torch.distributed.ReduceOp.MAX, group=shard.group)
+        sums = torch.stack([total * (own_peak - peak).exp(), chosen])
+        torch.distributed.all_reduce(sums, group=shard.group)
+        total, chosen = sums
+        ctx.save_for_backward(hidden, weight, positions, targets, peak, total)
+        ctx.shard = shard
+        return (chosen - peak) - total.log()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        """d logp / d logit = onehot(target) - softmax."""
-        probabilities, mine, column = ctx.saved_tensors
-        (grad,) = grads
-        grad_logits = -probabilities * grad.unsqueeze(-1)
-        grad_logits.scatter_add_(-1, column.unsqueeze(-1), (grad * mine).unsqueeze(-1))
-        return grad_logits, None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        """d logp / d logit = onehot(target) - softmax; sums over chunks are float32."""
+        hidden, weight, positions, targets, peak, total = ctx.saved_tensors
+        shard, (grad,) = ctx.shard, grads
+        grad_hidden = torch.zeros_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        for part in _chunks(len(targets), shard.chunk):
+            rows = hidden[positions[part]]
+            grad_logits = _grad_logits(rows, weight, targets[part], shard, peak[part], grad[part], total[part])
+            grad_hidden.index_add_(0, positions[part], (grad_logits.to(weight.dtype) @ weight).to(hidden.dtype))
+            _add_outer(grad_weight, grad_logits, rows, weight.dtype)
+            del grad_logits  # before the next chunk's are made
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
 
 
-def vocab_parallel_logps(logits: Tensor, targets: Tensor, vocab_size: int, group: Any) -> Tensor:
-    """Log-probs [N] (nats) of ``targets`` [N] under vocabulary-parallel ``logits`` [N, V].
+def _add_outer(total: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype) -> None:
+    """total [V, H] += left [C, V]^T right [C, H], all float32; on a GPU from factors of the model's dtype."""
+    if total.is_cuda and dtype != torch.float32:
+        total += torch.mm(left.to(dtype).t(), right, out_dtype=torch.float32)  # type: ignore[call-overload]
+    else:
+        total.addmm_(left.t(), right.float())
 
-    Rows at or beyond ``vocab_size`` (padding of the vocabulary for TP) are -inf: a zero row would take probability mass.
+
+def _chunks(count: int, chunk: int) -> Iterator[slice]:
+    return (slice(start, start + chunk) for start in range(0, count, chunk))
+
+
+def token_logps(hidden: Tensor, weight: Tensor, scored: ScoredTargets, *, vocab_size: int, group: Any, chunk: int) -> Tensor:
+    """Log-probs [N] (nats, float32) of the scored tokens of a packed row; differentiable in ``hidden`` and ``weight``.
+
+    Args:
+        hidden: [T, H], all of the row's tokens on every rank of ``group``. weight: [V, H], this rank's rows of the output layer.
+        vocab_size: rows that exist over all ranks. group: the ranks that share the vocabulary.
+        chunk: tokens whose logits are held at a time.
     """
-    rows = logits.size(-1)
-    first_row = rows * torch.distributed.get_rank(group)
-    logits = logits.float()
-    if first_row + rows > vocab_size:
-        logits = logits.masked_fill(torch.arange(first_row, first_row + rows, device=logits.device) >= vocab_size, float("-inf"))
-    return _VocabParallelLogProb.apply(logits, targets, first_row, group)
+    shard = VocabularyShard(weight.size(0), weight.size(0) * torch.distributed.get_rank(group), vocab_size, group, chunk)
+    return _ChunkedLogProbs.apply(hidden, weight, scored.positions, scored.targets, shard)
 
 
 def response_logps(
@@ -68,6 +148,7 @@ def response_logps(
     context: ScoredTargets,
     config: Any,
     vocab_size: int,
+    chunk: int,
     **_: Any,
 ) -> Tensor:
     """``output_processor`` of every pass: hidden states [T (/TP with SP), 1, H] -> [R] sums of response log-probs (nats, float64).
@@ -82,7 +163,6 @@ def response_logps(
     for hook in output_layer._forward_pre_hooks.values():
         hook(output_layer, ())
     weight = output_weight if output_weight is not None else output_layer.weight
-    # float32, because bfloat16 logits of 16 to 32 are 0.125 apart: policy and reference would differ by rounding alone.
-    logits = torch.nn.functional.linear(hidden.squeeze(1).index_select(0, context.positions).float(), weight.float())
-    logps = vocab_parallel_logps(logits, context.targets, vocab_size, parallel_state.get_tensor_model_parallel_group())
+    group = parallel_state.get_tensor_model_parallel_group()
+    logps = token_logps(hidden.squeeze(1), weight, context, vocab_size=vocab_size, group=group, chunk=chunk)
     return sum_by_response(logps, context)

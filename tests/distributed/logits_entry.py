@@ -20,7 +20,7 @@ def logits_step(vocab: int, found: list[tuple[torch.Tensor, torch.Tensor]]) -> C
     """A forward step that appends every real sequence of the batch to ``found``."""
     from megatron.core import parallel_state
 
-    from megatron_patch.forward_step import packed_seq_params
+    from megatron_patch.model.packed_attention import PackedLayout
 
     def collect(batch: Any, logits: torch.Tensor, non_loss_data: bool = False) -> None:
         shards = [torch.empty_like(logits) for _ in range(parallel_state.get_tensor_model_parallel_world_size())]
@@ -32,7 +32,8 @@ def logits_step(vocab: int, found: list[tuple[torch.Tensor, torch.Tensor]]) -> C
 
     def step(batches: Iterator[Any], model: Any) -> tuple[torch.Tensor, Callable]:
         batch = next(batches)
-        logits = model(batch.tokens, None, None, packed_seq_params=packed_seq_params(batch))
+        layout = PackedLayout.of(batch.cu_seqlens.diff().tolist(), "cpu")
+        logits = model(batch.tokens, None, None, packed_seq_params=layout)
         return logits, lambda output, non_loss_data=False: collect(batch, output)
 
     return step

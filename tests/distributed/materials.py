@@ -31,6 +31,11 @@ LAYOUTS: dict[str, tuple[int, tuple[object, ...]]] = {
     "dp2-do": (2, _DO),
     "tp2-pp2": (4, (*_TP2, *_PP2)),
     "tp2-pp2-sp": (4, (*_TP2, *_PP2, "--sequence-parallel")),
+    "small chunks": (1, ("--logps-chunk-tokens", 7)),
+    "tp2-sp small chunks": (2, (*_TP2, "--sequence-parallel", "--logps-chunk-tokens", 7)),
+    "dp2-do small chunks": (2, (*_DO, "--logps-chunk-tokens", 7)),
+    "pp2 fixed rows": (2, (*_PP2, "--pad-micro-batches", "--max-tokens-per-micro-batch", 300)),
+    "tp2-pp2-sp fixed rows": (4, (*_TP2, *_PP2, "--sequence-parallel", "--pad-micro-batches", "--max-tokens-per-micro-batch", 301)),
 }
 
 

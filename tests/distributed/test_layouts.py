@@ -29,6 +29,10 @@ CASES = [
     for mode, quick in QUICK.items()
     for layout in OTHERS
 ]
+CASES += [
+    pytest.param("sigmoid", layout, marks=[] if layout.startswith(("tp2-sp", "pp2")) else [pytest.mark.ci], id=layout.replace(" ", "-"))
+    for layout in ("small chunks", "tp2-sp small chunks", "dp2-do small chunks", "pp2 fixed rows", "tp2-pp2-sp fixed rows")
+]
 
 
 @pytest.fixture(scope="session")
@@ -66,6 +70,13 @@ def test_ten_steps_equal_one_process(
     difference = {name: worst(rows, judge, name) for name in ("loss", "grad_norm")}
     record_property("worst", difference)
     assert max(difference.values()) <= TOLERANCE, difference
+
+
+def test_fixed_rows_are_padded(bench: Bench, off_tie: Path) -> None:
+    """What "fixed rows" compares: micro-batches of which more is padding than the little that sequence parallelism needs."""
+    rows = trained(bench, off_tie, "sigmoid", "pp2 fixed rows")
+    assert min(row["padding_fraction"] for row in rows) > 0.02 and min(row["micro_batches"] for row in rows) > 1
+    assert {row["padding_fraction"] for row in trained(bench, off_tie, "sigmoid", "pp2")} == {0}
 
 
 def test_export_holds_the_last_step(bench: Bench) -> None:

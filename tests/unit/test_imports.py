@@ -23,10 +23,11 @@ INWARD = {
     "entry": {"arguments", "errors"},
     "step_checks": {"data", "errors"},
     "forward_step": {"data", "model", "objectives", "preference", "step_checks"},
-    "loop_hooks": {"data", "model"},
+    "throughput": {"model"},
+    "loop_hooks": {"data", "model", "throughput"},
     "run": {
         "arguments", "checkpoint", "data", "errors", "evaluation", "forward_step", "loop_hooks", "model", "objectives", "preference",
-        "step_checks",
+        "step_checks", "throughput",
     },
     "cpu_backend": set(),
 }  # fmt: skip

@@ -107,13 +107,16 @@ def test_schedule_gets_the_plans_number_of_micro_batches(monkeypatch):
 
     monkeypatch.setattr(loop_hooks, "get_args", lambda: SimpleNamespace(consumed_train_samples=24))
     state = loop_hooks.LoopState("xpo", None, stream({24: 5}), stream({0: 3}), None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     called = []
     hook = next(hook for hook in loop_hooks.HOOKS if hook.attribute == "get_forward_backward_func")
     run = hook.make(lambda *args, **kwargs: lambda **given: called.append(given), state)(schedule_pg_collection=None)
-    run(num_microbatches=12, model="m")
-    run(num_microbatches=12, forward_only=True)
+    run(num_microbatches=12, data_iterator=iter("ab"), model="m")
+    run(num_microbatches=12, data_iterator=[iter("ab"), iter("ab")], forward_only=True)
     state.valid = None
-    run(num_microbatches=7, forward_only=True)
+    run(num_microbatches=7, data_iterator=iter(""), forward_only=True)
+    streams = [given.pop("data_iterator") for given in called]
+    assert [[*map("".join, each)] if isinstance(each, list) else "".join(each) for each in streams] == ["ab", ["ab", "ab"], ""]
     assert called == [
         {"num_microbatches": 5, "forward_only": False, "model": "m"},
         {"num_microbatches": 3, "forward_only": True},

@@ -52,7 +52,7 @@ class ReferencePass:
         for chunk in self.model:
             chunk.eval()
         self.schedule = get_forward_backward_func()
-        self.forward_step = ForwardStep(lambda batch, logps: (logps.sum(), batch.lengths.sum(), {}), self.vocab)
+        self.forward_step = ForwardStep(lambda batch, logps: (logps.sum(), batch.lengths.sum(), {}), self.vocab, args.logps_chunk_tokens)
 
     def score(self, stream: Any, numbers: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
         """(pair numbers, float64 [pairs, 2] log-probs) parts of this rank; empty off the last stage and off TP rank 0."""

@@ -1,7 +1,5 @@
 """Packing against a loop that knows nothing of shifts, masks or numpy: one sequence at a time, one token at a time."""
 
-from itertools import pairwise
-
 import numpy as np
 import pytest
 import torch
@@ -51,7 +49,6 @@ def test_pack_is_the_naive_loop(seed):
     batch = packed(pairs)
     assert batch.tokens.tolist() == [row] and batch.tokens.dtype == torch.int64
     assert batch.cu_seqlens.tolist() == starts and batch.cu_seqlens.dtype == torch.int32
-    assert type(batch.max_seqlen) is int and batch.max_seqlen == max(b - a for a, b in pairwise(starts))
     scored = batch.scored
     assert list(zip(scored.positions.tolist(), scored.targets.tolist(), scored.response.tolist(), strict=True)) == predictions
     assert scored.responses == 2 * len(pairs)
@@ -88,10 +85,21 @@ def test_a_row_that_fits_gets_no_filler():
     assert batch.tokens.tolist() == [[1, 2, 1, 3]] and batch.cu_seqlens.tolist() == [0, 2, 4]
 
 
+@pytest.mark.parametrize("at_least, multiple_of, expected", [(300, 1, 300), (301, 4, 304), (5, 1, 5), (2, 4, 4)])
+@pytest.mark.parametrize("pairs", [[], [([1], [2], [3])]])
+def test_fixed_rows_are_filled_with_short_sequences_that_nothing_scores(at_least, multiple_of, expected, pairs):
+    samples = [sample(*pair, name="p") for pair in pairs]
+    batch = pack(samples, multiple_of=multiple_of, vocab_size=VOCAB, responses_per_sample=2, at_least=at_least)
+    assert batch.tokens.size(1) == batch.cu_seqlens[-1] == max(expected, 4 * len(pairs))
+    lengths = batch.cu_seqlens.diff().tolist()
+    assert lengths[: 2 * len(pairs)] == [2, 2] * len(pairs) and all(0 < length <= 128 for length in lengths)
+    assert len(batch.scored.positions) == 2 * len(pairs)
+
+
 @pytest.mark.parametrize("responses", [1, 2])
 def test_empty_micro_batch_is_one_dummy_sequence(responses):
     batch = pack([], multiple_of=4, vocab_size=VOCAB, responses_per_sample=responses)
-    assert batch.tokens.shape == (1, 4) and batch.cu_seqlens.tolist() == [0, 4] and batch.max_seqlen == 4
+    assert batch.tokens.shape == (1, 4) and batch.cu_seqlens.tolist() == [0, 4]
     assert batch.samples == 0 and batch.scored.responses == 0
     for tensor in (batch.scored.positions, batch.scored.targets, batch.scored.response, batch.lengths):
         assert tensor.shape == (0,) and tensor.dtype == torch.int64

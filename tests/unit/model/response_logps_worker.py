@@ -18,7 +18,7 @@ cpu_backend.install()
 
 from megatron.core import parallel_state  # noqa: E402
 
-from megatron_patch.model.response_logps import response_logps, vocab_parallel_logps  # noqa: E402
+from megatron_patch.model.response_logps import response_logps, token_logps  # noqa: E402
 from megatron_patch.preference.logps import ScoredTargets  # noqa: E402
 
 
@@ -29,12 +29,14 @@ def shard(logits, rank, world):
     return padded[..., rank * rows : (rank + 1) * rows].contiguous()
 
 
-def logps_of(case, rank, world, group):
-    """Log-probs of the targets and the gradient of their weighted sum with respect to this rank's logits."""
-    logits = shard(case["logits"], rank, world).requires_grad_()
-    logps = vocab_parallel_logps(logits, case["targets"], case["logits"].size(-1), group)
+def logps_of(case, rank, world, group, chunk):
+    """Log-probs of the targets and the gradient of their weighted sum with respect to this rank's logits (hidden states: unit vectors)."""
+    weight = shard(case["logits"], rank, world).T.contiguous().requires_grad_()
+    hidden, everywhere = torch.eye(weight.size(1), dtype=weight.dtype), torch.arange(weight.size(1))
+    scored = ScoredTargets(everywhere, case["targets"], everywhere, weight.size(1))
+    logps = token_logps(hidden, weight, scored, vocab_size=case["logits"].size(-1), group=group, chunk=chunk)
     (logps * case["weights"]).sum().backward()
-    return {"logps": logps.detach(), "grad": logits.grad}
+    return {"logps": logps.detach(), "grad": weight.grad.T}
 
 
 def processor_of(case, rank, sequence_parallel):
@@ -52,7 +54,8 @@ def processor_of(case, rank, sequence_parallel):
     tied = torch.nn.Parameter(rows.clone()) if case["tied"] else None
     sums = response_logps(
         hidden_states=mine, output_layer=layer, output_weight=tied, context=ScoredTargets(*case["scored"]),
-        config=SimpleNamespace(sequence_parallel=sequence_parallel), vocab_size=case["weight"].size(0), an_argument_of_later_versions=1,
+        config=SimpleNamespace(sequence_parallel=sequence_parallel), vocab_size=case["weight"].size(0), chunk=3,
+        an_argument_of_later_versions=1,
     )  # fmt: skip
     torch.autograd.backward((sums * case["response_weights"]).sum())
     return {"sums": sums.detach(), "hidden_grad": mine.grad, "weight_grad": (tied if case["tied"] else layer.weight).grad}
@@ -65,8 +68,8 @@ def run(rank, store, cases, out):
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
     alone, both = [dist.new_group([r]) for r in range(2)][rank], parallel_state.get_tensor_model_parallel_group()
     results = {
-        "world1": [logps_of(case, 0, 1, alone) for case in cases["logps"]],
-        "world2": [logps_of(case, rank, 2, both) for case in cases["logps"]],
+        "world1": [logps_of(case, 0, 1, alone, chunk=4) for case in cases["logps"]],
+        "world2": [logps_of(case, rank, 2, both, chunk=1000) for case in cases["logps"]],
         "tp2": [processor_of(case, rank, False) for case in cases["processor"]],
         "tp2_sp": [processor_of(case, rank, True) for case in cases["processor"]],
     }

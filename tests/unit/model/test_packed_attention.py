@@ -1,15 +1,15 @@
 """Packed attention against a softmax written out for one sequence and one head at a time."""
 
 import math
-from itertools import pairwise
+from itertools import chain
 
 import pytest
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_patch.model.packed_attention import PackedAttention, causal_attention
+from megatron_patch.model import packed_attention
+from megatron_patch.model.packed_attention import Blocks, PackedAttention, PackedLayout, causal_attention, has_varlen_kernel
 
 LENGTHS = [[5], [1, 1, 1], [3, 7, 1, 4], [8, 8]]
 HEADS = [(4, 4), (4, 2), (6, 1)]  # query heads, key/value heads
@@ -22,57 +22,89 @@ def packed(lengths, heads, groups, head_dim=8, dtype=torch.float64, seed=0):
     def rows(count):
         return torch.randn(total, count, head_dim, generator=generator, dtype=dtype).requires_grad_()
 
-    cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
-    return rows(heads), rows(groups), rows(groups), cu_seqlens
+    return rows(heads), rows(groups), rows(groups), Blocks(lengths)
 
 
-def naive(query, key, value, cu_seqlens, scale):
+def naive(query, key, value, blocks, scale):
+    """Softmax by softmax: the last of a block's queries sees all of its keys, the one before it all but the last..."""
     out = torch.zeros_like(query)
     per_group = query.size(1) // key.size(1)
-    for begin, end in pairwise(cu_seqlens.tolist()):
-        for head in range(query.size(1)):
-            for t in range(begin, end):
-                scores = key[begin : t + 1, head // per_group] @ query[t, head] * scale
+    rows = blocks.key_tokens if blocks.key_tokens is not None else torch.arange(len(key))
+    token = first = 0
+    for queries, keys in zip(blocks.queries, blocks.keys, strict=True):
+        for i in range(queries):
+            seen = rows[first : first + keys - queries + i + 1]
+            for head in range(query.size(1)):
+                scores = key[seen, head // per_group] @ query[token, head] * scale
                 weights = scores.exp() / scores.exp().sum()
-                out[t, head] = weights @ value[begin : t + 1, head // per_group]
+                out[token, head] = weights @ value[seen, head // per_group]
+            token += 1
+        first += keys
     return out
 
 
-@pytest.mark.parametrize("lengths", LENGTHS)
-@pytest.mark.parametrize("heads, groups", HEADS)
-def test_values_and_gradients_are_the_naive_ones(lengths, heads, groups):
-    query, key, value, cu_seqlens = packed(lengths, heads, groups)
-    mine = causal_attention(query, key, value, cu_seqlens, max(lengths), 0.3)
+def assert_same(query, key, value, blocks):
+    mine = causal_attention(query, key, value, blocks, 0.3)
     assert mine.shape == query.shape
     weights = torch.randn(mine.shape, dtype=mine.dtype, generator=torch.Generator().manual_seed(1))
     grads = torch.autograd.grad((mine * weights).sum(), (query, key, value))
-    expected = naive(query, key, value, cu_seqlens, 0.3)
+    expected = naive(query, key, value, blocks, 0.3)
     torch.testing.assert_close(mine, expected, rtol=1e-12, atol=1e-12)
     for grad, other in zip(grads, torch.autograd.grad((expected * weights).sum(), (query, key, value)), strict=True):
         torch.testing.assert_close(grad, other, rtol=1e-11, atol=1e-12)
 
 
-def test_longest_may_be_overstated():
-    query, key, value, cu_seqlens = packed([3, 5], 4, 2)
-    exact, loose = (causal_attention(query, key, value, cu_seqlens, longest, 0.3) for longest in (5, 9))
-    torch.testing.assert_close(exact, loose, rtol=1e-13, atol=1e-13)
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("heads, groups", HEADS)
+def test_values_and_gradients_are_the_naive_ones(lengths, heads, groups):
+    assert_same(*packed(lengths, heads, groups))
+
+
+# (tokens of each block, the rows that each sees)
+SHARED = {
+    "two responses behind one prompt": ([3, 2, 4], [[0, 1, 2], [0, 1, 2, 3, 4], [0, 1, 2, 5, 6, 7, 8]]),
+    "the same, and a sequence of its own": ([3, 2, 2, 5], [[0, 1, 2], [0, 1, 2, 3, 4], [0, 1, 2, 5, 6], [7, 8, 9, 10, 11]]),
+    "two chunks of a longer sequence, keys of all four": ([2, 2], [[8, 9], [8, 9, 2, 3, 4, 5, 0, 1]]),
+    "a chunk that sees more than others in its grid": ([2, 2, 2], [[0, 1], [0, 1, 2, 3], [0, 1, 2, 3, 4, 5]]),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+@pytest.mark.parametrize("alone", [True, False], ids=["a grid each", "one grid"])
+def test_blocks_see_earlier_keys_and_their_own(name, alone, monkeypatch):
+    monkeypatch.setattr(packed_attention, "_SHORT", 0 if alone else 64)
+    lengths, seen = SHARED[name]
+    query, *_ = packed(lengths, 4, 2)
+    _, key, value, _ = packed([max(map(max, seen)) + 1], 4, 2, seed=1)
+    assert_same(query, key, value, Blocks(lengths, [len(rows) for rows in seen], torch.tensor([*chain.from_iterable(seen)])))
+
+
+def test_padding_is_bounded_and_calls_are_few():
+    generator = torch.Generator().manual_seed(0)
+    lengths = [int(n) for n in torch.empty(200).log_normal_(5.7, 1.0, generator=generator).clamp(1, 8000)]
+    grids, cell_of_token = Blocks(lengths).grids
+    assert sum(grid.queries.numel() for grid in grids) <= 1.15 * sum(lengths)
+    assert len(grids) <= 40
+    assert len(set(cell_of_token.tolist())) == sum(lengths)
+    cells = torch.cat([grid.queries for grid in grids])
+    assert torch.equal(cells[cell_of_token], torch.arange(sum(lengths)))
 
 
 def test_no_sequence_sees_another_or_its_own_future():
     lengths = [4, 6, 3]
-    query, key, value, cu_seqlens = packed(lengths, 4, 2, dtype=torch.float32)
-    before = causal_attention(query, key, value, cu_seqlens, 6, 0.3)
+    query, key, value, blocks = packed(lengths, 4, 2, dtype=torch.float32)
+    before = causal_attention(query, key, value, blocks, 0.3)
     with torch.no_grad():
         for tensor in (query, key, value):
             tensor[7:10] = 1e3  # the last three of the six tokens of the second sequence
-    after = causal_attention(query, key, value, cu_seqlens, 6, 0.3)
+    after = causal_attention(query, key, value, blocks, 0.3)
     changed = (before != after).flatten(1).any(1)
     assert changed.tolist() == [False] * 7 + [True] * 3 + [False] * 3
 
 
 def test_gradient_stays_inside_the_sequence():
-    query, key, value, cu_seqlens = packed([4, 6, 3], 4, 2)
-    out = causal_attention(query, key, value, cu_seqlens, 6, 0.3)
+    query, key, value, blocks = packed([4, 6, 3], 4, 2)
+    out = causal_attention(query, key, value, blocks, 0.3)
     for grad in torch.autograd.grad(out[4:8].square().sum(), (query, key, value)):
         touched = grad.flatten(1).abs().sum(1) > 0
         assert not touched[:4].any() and not touched[8:].any() and touched[4:8].any()
@@ -83,11 +115,12 @@ def transformer_config(**options):
 
 
 def test_module_scales_by_the_root_of_the_head_size():
-    query, key, value, cu_seqlens = packed([3, 5], 4, 2)
+    query, key, value, blocks = packed([3, 5], 4, 2)
     module = PackedAttention(transformer_config(), 1, AttnMaskType.causal, "self")
-    params = PackedSeqParams(qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=5, max_seqlen_kv=5)
-    out = module(query, key, value, None, packed_seq_params=params)
-    expected = naive(query, key, value, cu_seqlens, 1 / math.sqrt(8))
+    layout = PackedLayout.of([3, 5], "cpu")
+    assert layout.cu_seqlens_q.tolist() == layout.cu_seqlens_kv.tolist() == [0, 3, 8] and layout.max_seqlen_q == layout.max_seqlen_kv == 5
+    out = module(query, key, value, None, packed_seq_params=layout)
+    expected = naive(query, key, value, blocks, 1 / math.sqrt(8))
     assert out.shape == (8, 32)
     torch.testing.assert_close(out, expected.reshape(8, 32), rtol=1e-12, atol=1e-12)
     assert not list(module.parameters())
@@ -103,5 +136,29 @@ def test_what_it_cannot_do_is_refused():
     with pytest.raises(ValueError, match=r"--attention-dropout is 0\.1"):
         PackedAttention(config, 1, AttnMaskType.causal, "self")
     query, key, value, _ = packed([3], 4, 2)
-    with pytest.raises(ValueError, match="packed_seq_params"):
+    with pytest.raises(ValueError, match="PackedLayout"):
         PackedAttention(transformer_config(), 1, AttnMaskType.causal, "self")(query, key, value)
+
+
+def test_the_kernel_without_padding_is_for_half_precision_on_a_gpu():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    assert has_varlen_kernel(gpu, torch.bfloat16)
+    assert not has_varlen_kernel(gpu, torch.float32) and not has_varlen_kernel(cpu, torch.bfloat16)
+
+
+def test_the_kernel_without_padding_gets_the_blocks_as_it_counts_them(monkeypatch):
+    """It runs on GPUs alone: a stand-in takes its arguments at their word (flash attention's lower right corner)."""
+    from torch.nn.attention import varlen
+
+    def stand_in(query, key, value, of_queries, of_keys, max_q, max_k, *, window_size, scale, enable_gqa):
+        queries, keys = of_queries.diff().tolist(), of_keys.diff().tolist()
+        assert window_size == (-1, 0) and enable_gqa and (max_q, max_k) == (max(queries), max(keys))
+        return naive(query, key, value, Blocks(queries, keys), scale)
+
+    monkeypatch.setattr(varlen, "varlen_attn", stand_in)
+    monkeypatch.setattr(packed_attention, "has_varlen_kernel", lambda *_: True)
+    for lengths, seen in SHARED.values():
+        query, *_ = packed(lengths, 4, 2)
+        _, key, value, _ = packed([max(map(max, seen)) + 1], 4, 2, seed=1)
+        assert_same(query, key, value, Blocks(lengths, [len(rows) for rows in seen], torch.tensor([*chain.from_iterable(seen)])))
+    assert_same(*packed([3, 7, 1, 4], 4, 2))

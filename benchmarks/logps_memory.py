@@ -1,0 +1,232 @@
+"""Peak memory and time of the log-prob step (hidden states -> log-probs of the scored tokens -> gradients), plain against chunked.
+
+Plain is what a trainer writes first: all logits, `log_softmax`, `gather`. Chunked is `megatron_patch.model.response_logps.token_logps`.
+Both get the same hidden states [T, H] and output weight [V, H] in float32, sum the log-probs and go back to both gradients. Each point
+of memory is a process of its own: the peak of its resident memory during the step, above what it had before (inputs made, one small step
+done). Plain is measured as far as it fits and extended by a straight line (dashed in the picture).
+
+    python benchmarks/logps_memory.py --output benchmarks/logps_memory
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+FULL, SHARD = 151_936, 37_984
+"""Rows of Qwen2.5's output layer, and of a quarter of it (TP 4)."""
+
+
+def plain_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """[T] log-probs with all logits in memory."""
+    return torch.log_softmax(hidden @ weight.t(), dim=-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+
+def chunked_logps(chunk: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Ours, in a process group of one."""
+    import torch.distributed as dist
+
+    from megatron_patch.model.response_logps import token_logps
+    from megatron_patch.preference.logps import ScoredTargets
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+    def logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        every = torch.arange(len(targets))
+        scored = ScoredTargets(every, targets, every, len(targets))
+        return token_logps(hidden, weight, scored, vocab_size=weight.size(0), group=dist.group.WORLD, chunk=chunk)
+
+    return logps
+
+
+def step(side: Callable, hidden: Tensor, weight: Tensor, targets: Tensor) -> float:
+    """Forward and backward; the sum of the log-probs."""
+    hidden.grad = weight.grad = None
+    total = side(hidden, weight, targets).sum()
+    total.backward()
+    return total.item()
+
+
+def inputs(tokens: int, vocabulary: int, hidden: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for every side and process."""
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(tokens, hidden, generator=generator)
+    weight = torch.randn(vocabulary, hidden, generator=generator) * 0.02
+    return states.requires_grad_(), weight.requires_grad_(), torch.randint(vocabulary, (tokens,), generator=generator)
+
+
+class Peak(threading.Thread):
+    """The most resident memory while it runs."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.process, self.done = psutil.Process(), threading.Event()
+        self.most = self.before = self.process.memory_info().rss
+
+    def run(self) -> None:
+        """Look every two milliseconds."""
+        while not self.done.wait(0.002):
+            self.most = max(self.most, self.process.memory_info().rss)
+
+
+def measure_memory(side: Callable, tokens: int, vocabulary: int, hidden: int) -> dict[str, float]:
+    """Bytes above the baseline, and seconds, of one step."""
+    states, weight, targets = inputs(tokens, vocabulary, hidden)
+    step(side, states[:8].detach().requires_grad_(), weight, targets[:8])
+    weight.grad = None
+    watch = Peak()
+    watch.start()
+    started = time.perf_counter()
+    total = step(side, states, weight, targets)
+    seconds = time.perf_counter() - started
+    watch.done.set()
+    watch.join()
+    return {"bytes": watch.most - watch.before, "seconds": seconds, "sum": total}
+
+
+def measure_time(tokens: int, scored: int, vocabulary: int, hidden: int, chunk: int, repetitions: int) -> dict[str, Any]:
+    """Seconds of both sides, by turns in one process: plain over `tokens`, chunked over the `scored` of them."""
+    states, weight, targets = inputs(tokens, vocabulary, hidden)
+    chunked = chunked_logps(chunk)
+    seconds: dict[str, list[float]] = {"plain": [], "chunked": []}
+    for _ in range(repetitions + 1):
+        for name, side, count in (("plain", plain_logps, tokens), ("chunked", chunked, scored)):
+            part = states[:count].detach().requires_grad_()
+            started = time.perf_counter()
+            step(side, part, weight, targets[:count])
+            seconds[name].append(time.perf_counter() - started)
+    medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}
+    return {"seconds": {name: values[1:] for name, values in seconds.items()}, "ratio": medians["chunked"] / medians["plain"], **medians}
+
+
+def in_a_process(*words: object) -> dict[str, Any]:
+    """What another process of this script measured."""
+    done = subprocess.run([sys.executable, __file__, *map(str, words)], stdout=subprocess.PIPE, text=True, cwd=ROOT, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def line(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
+    """(slope, intercept) of the least-squares line."""
+    x, y = (torch.tensor(column, dtype=torch.float64) for column in zip(*points, strict=True))
+    slope = ((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()
+    return float(slope), float(y.mean() - slope * x.mean())
+
+
+def compare(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything that is measured."""
+    memory: list[dict[str, Any]] = []
+    shape = ("--hidden", args.hidden, "--chunk", args.chunk)
+    plan = [("plain", FULL, (1024, 2048, 4096)), ("plain", SHARD, (4096, 8192, 16384))]
+    plan += [("chunked", FULL, (1024, 4096, 16384, 65536)), ("chunked", SHARD, (4096, 16384, 65536))]
+    for side, vocabulary, counts in plan:
+        for tokens in counts:
+            found = in_a_process("--measure", side, "--tokens", tokens, "--vocabulary", vocabulary, *shape)
+            memory.append({"side": side, "vocabulary": vocabulary, "tokens": tokens, **found})
+            print(side, vocabulary, tokens, f"{found['bytes'] / 2**20:.0f} MiB, {found['seconds']:.1f} s", file=sys.stderr)
+    common = ("--vocabulary", FULL, *shape, "--repetitions", args.repetitions)
+    times = {
+        "equal tokens": in_a_process("--measure", "time", "--tokens", 2048, "--scored", 2048, *common),
+        "plain scores prompts too (half of the tokens)": in_a_process("--measure", "time", "--tokens", 4096, "--scored", 2048, *common),
+    }
+    return {"memory": memory, "times": times, "hidden": args.hidden, "chunk": args.chunk}
+
+
+def of(results: dict[str, Any], side: str, vocabulary: int) -> list[tuple[int, float]]:
+    """(tokens, bytes) of one curve."""
+    return [(m["tokens"], m["bytes"]) for m in results["memory"] if (m["side"], m["vocabulary"]) == (side, vocabulary)]
+
+
+def report(results: dict[str, Any], title: str) -> str:
+    """A Markdown page."""
+    hidden, gibi = results["hidden"], 2**30
+    rows = ["| vocabulary rows | tokens | plain | chunked |", "| ---: | ---: | ---: | ---: |"]
+    for vocabulary in (FULL, SHARD):
+        plain, chunked = dict(of(results, "plain", vocabulary)), dict(of(results, "chunked", vocabulary))
+        slope, start = line(list(plain.items()))
+        for tokens in sorted({*plain, *chunked}):
+            known = f"{plain[tokens] / gibi:.2f} GiB" if tokens in plain else f"({(start + slope * tokens) / gibi:.1f} GiB by the line)"
+            rows.append(f"| {vocabulary} | {tokens} | {known} | {f'{chunked[tokens] / gibi:.2f} GiB' if tokens in chunked else ''} |")
+    growth = []
+    for vocabulary in (FULL, SHARD):
+        slope, _ = line(of(results, "chunked", vocabulary))
+        verdict = "met" if slope <= 12 * hidden else "missed"
+        factor = slope / (4 * hidden)
+        growth.append(f"- chunked, {vocabulary} rows: {slope:.0f} bytes a token, {factor:.2f} x hidden bytes; target 3: {verdict}")
+    for name, limit in zip(results["times"], (1.4, 1.0), strict=True):
+        found = results["times"][name]
+        verdict = "met" if found["ratio"] <= limit else f"missed by {found['ratio'] - limit:.2f}"
+        growth.append(
+            f"- time, {name}: chunked {found['chunked']:.2f} s, plain {found['plain']:.2f} s (medians), ratio {found['ratio']:.2f}; "
+            f"target {limit}: {verdict}"
+        )
+    return "\n".join([title, "", *rows, "", *growth, "", "![peak memory](logps_memory.png)", ""])
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Peak memory over tokens."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), constrained_layout=True)
+    for color, vocabulary in (("tab:blue", FULL), ("tab:orange", SHARD)):
+        plain, chunked = (sorted(of(results, side, vocabulary)) for side in ("plain", "chunked"))
+        slope, start = line(plain)
+        beyond = [plain[-1][0], 65536]
+        axes.plot(*zip(*[(t, b / 2**30) for t, b in plain], strict=True), "s-", color=color, label=f"plain, {vocabulary} rows")
+        axes.plot(beyond, [(start + slope * t) / 2**30 for t in beyond], "--", color=color)
+        axes.plot(*zip(*[(t, b / 2**30) for t, b in chunked], strict=True), "o-", color=color, mfc="w", label=f"chunked, {vocabulary} rows")
+    axes.set(xscale="log", yscale="log", xlabel="scored tokens", ylabel="peak memory of the step (GiB)")
+    axes.set_xticks([1024, 4096, 16384, 65536], ["1k", "4k", "16k", "64k"])
+    axes.set_title(f"Log-prob step, hidden {results['hidden']}, chunk {results['chunk']}, float32; dashed: extended")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="writes PREFIX.json, PREFIX.md and PREFIX.png")
+    parser.add_argument("--hidden", type=int, default=896, help="hidden size (896: Qwen2.5 0.5B)")
+    parser.add_argument("--chunk", type=int, default=1024, help="tokens whose logits are held at a time")
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--measure", choices=("plain", "chunked", "time"), help=argparse.SUPPRESS)
+    for name in ("tokens", "scored", "vocabulary"):
+        parser.add_argument(f"--{name}", type=int, default=0, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and report, or, inside that, one point."""
+    args = parse(argv)
+    if args.measure == "time":
+        print(json.dumps(measure_time(args.tokens, args.scored, args.vocabulary, args.hidden, args.chunk, args.repetitions)))
+    elif args.measure:
+        side = plain_logps if args.measure == "plain" else chunked_logps(args.chunk)
+        print(json.dumps(measure_memory(side, args.tokens, args.vocabulary, args.hidden)))
+    else:
+        results = compare(args)
+        machine = f"{len(psutil.Process().cpu_affinity())} cores, Python {platform.python_version()}, torch {torch.__version__}"
+        title = f"# Log-prob step: plain against chunked\n\n`python benchmarks/logps_memory.py --output {args.output}`; {machine}"
+        Path(f"{args.output}.json").write_text(json.dumps(results | {"machine": machine}, indent=1) + "\n", encoding="utf-8")
+        Path(f"{args.output}.md").write_text(report(results, title), encoding="utf-8")
+        draw(results, Path(f"{args.output}.png"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

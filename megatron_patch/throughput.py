@@ -1,0 +1,83 @@
+"""What a step costs and how fast it went: useful FLOPs, the device's peak, seconds by phase, memory."""
+
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_patch.model.qwen2 import Qwen2Config
+
+PEAK_TFLOPS = {
+    "GB200": 2500, "B200": 2250, "B100": 1750, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H800": 989, "H20": 148,
+    "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L20": 119, "A40": 150, "A10": 125,
+}  # fmt: skip
+"""Dense bfloat16 tensor-core peaks by what the device's name contains, first match; NVIDIA's data sheets."""
+
+
+def sample_flops(model: Qwen2Config, lengths: np.ndarray, scored: np.ndarray) -> np.ndarray:
+    """float64 [samples]: operations that forward and backward of each sample need, padding and recomputation not counted.
+
+    6 x body parameters x real tokens + causal attention (6 x heads x head_dim x length^2 per layer and sequence)
+    + 6 x output layer x scored tokens.
+
+    Args:
+        lengths: [samples, sequences] tokens. scored: [samples, sequences] response tokens, those the output layer must see.
+    """
+    projections = model.hidden * model.head_dim * (2 * model.heads + 2 * model.kv_groups)
+    body = model.layers * (projections + 3 * model.hidden * model.ffn)
+    tokens, answers = lengths.sum(axis=1, dtype=np.float64), scored.sum(axis=1, dtype=np.float64)
+    squares = np.square(lengths, dtype=np.float64).sum(axis=1)
+    attention_scores = model.layers * model.heads * model.head_dim * squares
+    return 6.0 * (body * tokens + attention_scores + model.hidden * model.vocab * answers)
+
+
+def peak_flops() -> float | None:
+    """Dense bfloat16 FLOP/s of this process's device; None when it is not in the table (a CPU never is)."""
+    name = torch.cuda.get_device_name()
+    return next((peak * 1e12 for part, peak in PEAK_TFLOPS.items() if part in name), None)
+
+
+def peak_memory() -> int:
+    """Most bytes that this process has held so far: of the GPU's memory, or of the machine's where there is none."""
+    on_gpu = int(torch.cuda.max_memory_allocated())
+    return on_gpu or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class StepClock:
+    """Seconds of a step by phase: ``data`` (waiting for micro-batches), ``forward_backward`` (without it), ``optimizer``, ``other``."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._started = time.perf_counter()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time inside to a phase, less what inner phases took."""
+        started, before = time.perf_counter(), sum(self.seconds.values())
+        try:
+            yield
+        finally:
+            inner = sum(self.seconds.values()) - before
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started - inner
+
+    def waited_for(self, iterator: Iterator[Any]) -> Iterator[Any]:
+        """The same items; the time they take to come is ``data``."""
+        while True:
+            with self.phase("data"):
+                try:
+                    item = next(iterator)
+                except StopIteration:
+                    return
+            yield item
+
+    def lap(self) -> dict[str, float]:
+        """``seconds`` since the last lap and, of these, ``seconds/<phase>``; then start anew."""
+        now = time.perf_counter()
+        whole, phases = now - self._started, dict.fromkeys(("data", "forward_backward", "optimizer"), 0.0) | self.seconds
+        self._started, self.seconds = now, {}
+        phases["other"] = max(0.0, whole - sum(phases.values()))
+        return {"seconds": whole, **{f"seconds/{name}": seconds for name, seconds in phases.items()}}
