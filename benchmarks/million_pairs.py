@@ -71,7 +71,7 @@ def measure(prefix: str, step: int) -> dict[str, Any]:
     from megatron.core.datasets import indexed_dataset  # noqa: F401  imported by the store: not part of what is measured
 
     from megatron_patch.data.batch_plan import BatchPlan, PairOrder
-    from megatron_patch.data.pair_dataset import MicroBatchStream, SampleSet
+    from megatron_patch.data.pair_dataset import MicroBatchStream, RowShape, SampleSet
 
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from now
     before, laps, started = resident_mb("VmRSS"), {}, time.perf_counter()
@@ -87,7 +87,7 @@ def measure(prefix: str, step: int) -> dict[str, Any]:
     order = PairOrder(samples.sizes, seed=1)
     plan = lap("plan", lambda: BatchPlan(order, samples.tokens, batch=BATCH, ranks=RANKS, max_tokens=MAX_TOKENS))
     split = lap("shuffle and balance", lambda: plan.step(step * BATCH))
-    batches = MicroBatchStream(samples, plan, rank=0, multiple_of=1, vocab_size=VOCABULARY).from_position(step * BATCH)
+    batches = MicroBatchStream(samples, plan, rank=0, vocab_size=VOCABULARY, shape=RowShape()).from_position(step * BATCH)
     packed = lap("first batch", lambda: [next(batches) for _ in split])
     total = time.perf_counter() - started
     names = [name for batch in packed for name in batch.names]

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_patch.data.packed_batch import PackedBatch
@@ -60,7 +61,7 @@ class ForwardStep:
         """Run this stage; returns its output and the function that turns the last stage's [R] log-probs into a loss."""
         device = torch.cuda.current_device()
         batch = next(data_iterator)
-        layout = PackedLayout.of(batch.cu_seqlens.diff().tolist(), device)
+        layout = PackedLayout.of(batch.cu_seqlens.diff().tolist(), device, parallel_state.get_context_parallel_group())
         batch = batch.to(device)
         output = model(
             batch.tokens,

@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from math import lcm
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from megatron_patch.checkpoint import torch_adam
 from megatron_patch.checkpoint.hf_files import weights_fingerprint
 from megatron_patch.checkpoint.hf_io import load_hf_weights, refuse_foreign_folder, save_hf_weights
 from megatron_patch.data.batch_plan import BatchPlan, PairOrder
-from megatron_patch.data.pair_dataset import MicroBatchStream, SampleSet, parse_weighted_prefixes
+from megatron_patch.data.pair_dataset import MicroBatchStream, RowShape, SampleSet, parse_weighted_prefixes, round_up
 from megatron_patch.data.tokenizer_identity import folder_tokenizer_fingerprint
 from megatron_patch.errors import AgreedError
 from megatron_patch.evaluation import parity
@@ -52,8 +53,6 @@ def check_arguments(args: argparse.Namespace) -> None:
     """
     if not args.pair_data:
         raise ValueError("--pair-data is required: the stores to work on")
-    if args.context_parallel_size > 1:
-        raise ValueError("--context-parallel-size > 1 is not supported by the torch layer spec yet")
     if args.iterations_to_skip:
         raise ValueError("--iterations-to-skip hangs in megatron-core 0.19.2; use a different --seed or drop the pairs instead")
     if args.micro_batch_size != 1:
@@ -102,7 +101,8 @@ def _check_schedule(args: argparse.Namespace) -> None:
 def announce(args: argparse.Namespace, mode: str, device: str) -> None:
     """The first line of every run: where and how it computes."""
     if args.rank == 0:
-        layout = f"TP {args.tensor_model_parallel_size} x PP {args.pipeline_model_parallel_size} x DP {args.data_parallel_size}"
+        layout = f"TP {args.tensor_model_parallel_size} x PP {args.pipeline_model_parallel_size} x CP {args.context_parallel_size} "
+        layout += f"x DP {args.data_parallel_size}"
         loop_hooks.print_line(f"[{mode}] device: {device}, {args.world_size} processes, {layout}, {precision(args)}")
 
 
@@ -117,7 +117,7 @@ def model_config(args: argparse.Namespace, chunks: list[Any]) -> Any:
     ``chunks`` receives this rank's model chunks, before DDP wraps them.
     """
     if args.pad_micro_batches:
-        args.seq_length = least_row(args)  # what pipeline stages expect from each other
+        args.seq_length = row_shape(args).at_least  # what pipeline stages expect from each other
     config = gpt_config_from_args(args)
     config.transformer_layer_spec = qwen2_block_spec
     # No flag reaches this (arguments.py:1232 forces it off); stages must exchange the shapes of packed rows, unless all are alike.
@@ -142,10 +142,11 @@ def sample_set(args: argparse.Namespace, words: list[str], with_reference: bool)
     kind = STORE_KINDS[args.train_mode]
     tokenizer = folder_tokenizer_fingerprint(args.hf_path)
     samples = SampleSet(prefixes, kind, with_reference=with_reference, weights_fingerprint=fingerprint, tokenizer=tokenizer)
-    worst = int(samples.tokens.argmax())
-    if samples.tokens[worst] > args.max_tokens_per_micro_batch:
+    tokens = row_shape(args).tokens(samples)
+    worst = int(tokens.argmax())
+    if tokens[worst] > args.max_tokens_per_micro_batch:
         raise ValueError(
-            f"pair {samples[worst].name} has {samples.tokens[worst]} tokens, more than --max-tokens-per-micro-batch "
+            f"pair {samples[worst].name} has {tokens[worst]} tokens, more than --max-tokens-per-micro-batch "
             f"{args.max_tokens_per_micro_batch}"
         )
     return samples, weights
@@ -156,9 +157,10 @@ def stream(
 ) -> MicroBatchStream:
     """The micro-batches of this data-parallel rank, G = ``batch`` pairs a step; ``together``: see ``split_by_cost``."""
     virtual = args.virtual_pipeline_model_parallel_size is not None
+    shape = row_shape(args)
     plan = BatchPlan(
         order,
-        samples.tokens,
+        shape.tokens(samples),
         batch=batch,
         ranks=args.data_parallel_size,
         max_tokens=args.max_tokens_per_micro_batch,
@@ -170,21 +172,17 @@ def stream(
         samples,
         plan,
         rank=parallel_state.get_data_parallel_rank(),
-        multiple_of=row_multiple(args),
         vocab_size=vocab_size,
-        at_least=least_row(args),
+        shape=shape,
+        context_rank=parallel_state.get_context_parallel_rank(),
     )
 
 
-def row_multiple(args: argparse.Namespace) -> int:
-    """What the tokens of every packed row must be a multiple of."""
-    return args.tensor_model_parallel_size if args.sequence_parallel else 1
-
-
-def least_row(args: argparse.Namespace) -> int:
-    """Tokens that every packed row has at least: with ``--pad-micro-batches`` what each has."""
-    multiple = row_multiple(args)
-    return -(-args.max_tokens_per_micro_batch // multiple) * multiple if args.pad_micro_batches else 1
+def row_shape(args: argparse.Namespace) -> RowShape:
+    """What packed rows must be like under this layout; with ``--pad-micro-batches`` all as long as the budget."""
+    ranks = args.context_parallel_size
+    multiple = lcm(2 * ranks if ranks > 1 else 1, ranks * args.tensor_model_parallel_size if args.sequence_parallel else 1)
+    return RowShape(multiple, ranks, round_up(args.max_tokens_per_micro_batch, multiple) if args.pad_micro_batches else 1)
 
 
 def full_pass(args: argparse.Namespace, samples: SampleSet, vocab_size: int, together: bool = False) -> MicroBatchStream:

@@ -1,7 +1,8 @@
 """One micro-batch as one packed (THD) row: sequences end to end, no attention across them, positions restarting at each.
 
 The only padding is at the end: dummy, unscored sequences that bring the row to a multiple of what sequence parallelism needs, or to a fixed
-length where one is asked for.
+length where one is asked for. Under context parallelism each sequence is padded to two chunks a rank, and a rank keeps its two of each:
+one from the front and the one as far from the back, so that causal attention costs all ranks the same.
 """
 
 from collections.abc import Sequence
@@ -39,14 +40,29 @@ class Sample(NamedTuple):
 class PackedBatch:
     """A micro-batch. Response r of sample p is row ``r * P + p`` of everything of size R, so chosen rows come first."""
 
-    tokens: Tensor  # int64 [1, T]
-    cu_seqlens: Tensor  # int32 [S + 1], the dummy sequence included
+    tokens: Tensor  # int64 [1, T]; T / CP under context parallelism
+    cu_seqlens: Tensor  # int32 [S + 1], dummy sequences included, of the whole row
     scored: ScoredTargets  # where the model predicts what, for which of R responses
     lengths: Tensor  # int64 [R], scored tokens of each response
     reference: Tensor  # float64 [R], nats; NaN when the store has no reference
     names: tuple[str, ...]  # P sample names
     scores: Tensor  # float64 [R], NaN when the store has none
     samples_by_rank: tuple[int, ...]  # P of this micro-batch on every data-parallel rank
+
+    def of_context_rank(self, rank: int, ranks: int) -> "PackedBatch":
+        """What one of several context-parallel ranks keeps: chunks ``rank`` and ``2 ranks - 1 - rank`` of each sequence."""
+        if ranks == 1:
+            return self
+        starts, chunk = self.cu_seqlens[:-1].long(), self.cu_seqlens.diff().long() // (2 * ranks)
+        first = torch.stack([starts + rank * chunk, starts + (2 * ranks - 1 - rank) * chunk], dim=1).view(-1)  # [2 S]
+        sizes = chunk.repeat_interleave(2)
+        offset = torch.arange(int(sizes.sum())) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+        kept = first.repeat_interleave(sizes) + offset
+        here = torch.full((self.tokens.size(1),), -1).index_copy(0, kept, torch.arange(len(kept)))
+        positions = here[self.scored.positions]
+        mine = positions >= 0
+        scored = ScoredTargets(positions[mine], self.scored.targets[mine], self.scored.response[mine], self.scored.responses)
+        return replace(self, tokens=self.tokens[:, kept], scored=scored)
 
     @property
     def samples(self) -> int:
@@ -74,9 +90,11 @@ def pack(
     responses_per_sample: int,
     samples_by_rank: tuple[int, ...] | None = None,
     at_least: int = 1,
+    sequence_multiple: int = 1,
 ) -> PackedBatch:
     """Pack ``samples`` (possibly none) into one row of ``at_least`` so many tokens and a multiple of ``multiple_of``.
 
+    ``sequence_multiple``: what each sequence's tokens, padding included, are a multiple of; divides ``multiple_of``.
     ``samples_by_rank``: how many samples every data-parallel rank packs at the same time; None when this rank is alone.
 
     Raises:
@@ -87,12 +105,14 @@ def pack(
     for p, sample in enumerate(samples):
         for r, (ids, is_scored) in enumerate(zip(sample.sequences, sample.scored, strict=True)):
             _check(sample.name, ids, is_scored, vocab_size)
-            sequences.append(ids)
-            response_of_token.append(np.where(is_scored, r * len(samples) + p, -1))
+            padding = (0, -len(ids) % sequence_multiple)
+            sequences.append(np.pad(ids, padding, constant_values=PAD_TOKEN))
+            response_of_token.append(np.pad(np.where(is_scored, r * len(samples) + p, -1), padding, constant_values=-1))
     length = sum(map(len, sequences))
     filler = -(-max(length, at_least) // multiple_of) * multiple_of - length
-    for start in range(0, filler, _LONGEST_DUMMY):
-        dummy = min(_LONGEST_DUMMY, filler - start)
+    longest = -(-_LONGEST_DUMMY // sequence_multiple) * sequence_multiple
+    for start in range(0, filler, longest):
+        dummy = min(longest, filler - start)
         sequences.append(np.full(dummy, PAD_TOKEN, dtype=np.int32))
         response_of_token.append(np.full(dummy, -1))
     tokens = torch.from_numpy(np.concatenate(sequences)).long()

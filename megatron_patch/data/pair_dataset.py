@@ -6,6 +6,7 @@ state is saved, because the plan is a function of the pairs consumed so far.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -139,6 +140,30 @@ def _scored_parts(kind: str, parts: tuple[np.ndarray, ...]) -> list[list[tuple[n
     return [[(first[:1], False), (first[1:], True), *((part, True) for part in rest)]]
 
 
+def round_up(tokens: Any, multiple: int) -> Any:
+    """The next multiple; of a number or of each number of an array."""
+    return -(-tokens // multiple) * multiple
+
+
+class RowShape(NamedTuple):
+    """What the parallel layout asks of packed rows, in tokens."""
+
+    multiple_of: int = 1
+    """Of every row: context ranks x tensor ranks under sequence parallelism."""
+    context_ranks: int = 1
+    at_least: int = 1
+    """Of every row; with a multiple of the budget all rows are alike."""
+
+    @property
+    def sequence_multiple(self) -> int:
+        """Of every sequence: two chunks a context rank."""
+        return 2 * self.context_ranks if self.context_ranks > 1 else 1
+
+    def tokens(self, samples: SampleSet) -> np.ndarray:
+        """int64 [samples]: tokens each takes in a row."""
+        return round_up(samples.lengths, self.sequence_multiple).sum(axis=1)
+
+
 @dataclass(frozen=True)
 class MicroBatchStream:
     """Everything a rank needs to turn its slots of the plan into packed micro-batches."""
@@ -146,25 +171,28 @@ class MicroBatchStream:
     samples: SampleSet
     plan: BatchPlan
     rank: int  # data-parallel rank
-    multiple_of: int  # tokens: TP under sequence parallelism
     vocab_size: int
-    at_least: int = 1  # tokens of every row
+    shape: "RowShape"
+    context_rank: int = 0
+
 
     def batch(self, slot: Sequence[np.ndarray]) -> PackedBatch:
         """This rank's packed micro-batch of a slot of the plan, which holds the sample numbers of every rank."""
-        return pack(
+        whole = pack(
             [self.samples[n] for n in slot[self.rank]],
-            multiple_of=self.multiple_of,
+            multiple_of=self.shape.multiple_of,
+            sequence_multiple=self.shape.sequence_multiple,
+            at_least=self.shape.at_least,
             vocab_size=self.vocab_size,
             responses_per_sample=self.samples.responses_per_sample,
             samples_by_rank=tuple(map(len, slot)),
-            at_least=self.at_least,
         )
+        return whole.of_context_rank(self.context_rank, self.shape.context_ranks)
 
     def packed_tokens(self, consumed: int) -> int:
         """Tokens of all ranks' rows in the step after ``consumed`` pairs, padding included."""
         held = [int(self.plan.tokens[share].sum()) for slot in self.plan.step(consumed) for share in slot]
-        return sum(-(-max(tokens, self.at_least) // self.multiple_of) * self.multiple_of for tokens in held)
+        return sum(round_up(max(tokens, self.shape.at_least), self.shape.multiple_of) for tokens in held)
 
     def from_position(self, consumed: int) -> Iterator[PackedBatch]:
         """Endless: this rank's micro-batches of the step after ``consumed`` pairs, of the next one, and so on."""

@@ -115,15 +115,63 @@ class PackedLayout(PackedSeqParams):
     """Megatron's description of a packed row, and what each stretch of it sees."""
 
     blocks: Blocks = field(kw_only=True)
+    key_group: Any = None
+    """The ranks whose keys and values are needed, where each has a part of every sequence."""
 
     @classmethod
-    def of(cls, lengths: Sequence[int], device: Any) -> "PackedLayout":
-        """Sequences of these lengths, each attending to itself; they restart the rotary positions, so there are no position ids."""
-        blocks = Blocks(lengths, device=device)
-        starts, longest = blocks.cumulative[0], max(lengths)
+    def of(cls, lengths: Sequence[int], device: Any, context_group: Any) -> "PackedLayout":
+        """Sequences of these lengths, each attending to itself; they restart the rotary positions, so there are no position ids.
+
+        ``context_group``: the ranks over which each sequence is split (data/packed_batch.py says how).
+        """
+        ranks = torch.distributed.get_world_size(context_group)
+        whole = Blocks(lengths, device=device)
+        blocks = whole if ranks == 1 else context_blocks(lengths, torch.distributed.get_rank(context_group), ranks, device)
+        starts, longest = whole.cumulative[0], max(lengths)
         return cls(
-            qkv_format="thd", cu_seqlens_q=starts, cu_seqlens_kv=starts, max_seqlen_q=longest, max_seqlen_kv=longest, blocks=blocks
-        )
+            qkv_format="thd", cu_seqlens_q=starts, cu_seqlens_kv=starts, max_seqlen_q=longest, max_seqlen_kv=longest, blocks=blocks,
+            key_group=context_group if ranks > 1 else None,
+        )  # fmt: skip
+
+
+def context_blocks(lengths: Sequence[int], rank: int, ranks: int, device: Any) -> Blocks:
+    """What a context-parallel rank's two chunks of each sequence see of the keys of all ranks, which lie rank after rank.
+
+    Args:
+        lengths: of the whole sequences, multiples of ``2 * ranks``.
+    """
+    chunks = [length // (2 * ranks) for length in lengths]
+    row = 2 * sum(chunks)
+    queries: list[int] = []
+    keys: list[int] = []
+    tokens: list[Tensor] = []
+    for chunk, start in zip(chunks, accumulate((2 * chunk for chunk in chunks), initial=0), strict=False):
+        owners = [(j, 0) if j < ranks else (2 * ranks - 1 - j, chunk) for j in range(2 * ranks)]
+        places = torch.cat([torch.arange(chunk) + owner * row + start + behind for owner, behind in owners])
+        for last in (rank, 2 * ranks - 1 - rank):
+            queries.append(chunk)
+            keys.append((last + 1) * chunk)
+            tokens.append(places[: keys[-1]])
+    return Blocks(queries, keys, torch.cat(tokens).to(device), device=device)
+
+
+class _GatherRows(torch.autograd.Function):
+    """The rows of all ranks, rank after rank; their gradients go back summed. torch's functional collectives fail on gloo subgroups."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, group: Any) -> Tensor:
+        """[T / CP, ...] -> [T, ...]."""
+        ctx.group, ctx.rows = group, rows.size(0)
+        everywhere = rows.new_empty(rows.size(0) * torch.distributed.get_world_size(group), *rows.shape[1:])
+        torch.distributed.all_gather_into_tensor(everywhere, rows.contiguous(), group=group)
+        return everywhere
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        """[T, ...] -> [T / CP, ...]."""
+        own = grads[0].new_empty(ctx.rows, *grads[0].shape[1:])
+        torch.distributed.reduce_scatter_tensor(own, grads[0].contiguous(), group=ctx.group)
+        return own, None
 
 
 def has_varlen_kernel(device: torch.device, dtype: torch.dtype) -> bool:
@@ -204,4 +252,7 @@ class PackedAttention(MegatronModule):
         """query [T, N, D], key and value [T, G, D] -> [T, N * D]."""
         if not isinstance(packed_seq_params, PackedLayout):
             raise ValueError("packed attention needs a PackedLayout: every batch of this project is packed (THD)")
+        if packed_seq_params.key_group is not None:
+            both = _GatherRows.apply(torch.cat([key, value], dim=-1), packed_seq_params.key_group)
+            key, value = both.split([key.size(-1), value.size(-1)], dim=-1)
         return causal_attention(query, key, value, packed_seq_params.blocks, self.scale).flatten(1)

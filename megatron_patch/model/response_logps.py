@@ -124,6 +124,27 @@ def _add_outer(total: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype) -
         total.addmm_(left.t(), right.float())
 
 
+class _SumOverContext(torch.autograd.Function):
+    """Sum over the ranks that hold parts of the same responses, forward and backward.
+
+    Every rank then has the whole loss and counts its pairs; both are summed over these ranks once more by Megatron, so the mean is right.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, sums: Tensor, group: Any) -> Tensor:
+        """[R] of this rank's tokens -> [R] of all."""
+        ctx.group, total = group, sums.clone()
+        torch.distributed.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        """The gradient of all ranks' losses."""
+        total = grads[0].clone()
+        torch.distributed.all_reduce(total, group=ctx.group)
+        return total, None
+
+
 def _chunks(count: int, chunk: int) -> Iterator[slice]:
     return (slice(start, start + chunk) for start in range(0, count, chunk))
 
@@ -165,4 +186,7 @@ def response_logps(
     weight = output_weight if output_weight is not None else output_layer.weight
     group = parallel_state.get_tensor_model_parallel_group()
     logps = token_logps(hidden.squeeze(1), weight, context, vocab_size=vocab_size, group=group, chunk=chunk)
-    return sum_by_response(logps, context)
+    sums = sum_by_response(logps, context)
+    if parallel_state.get_context_parallel_world_size() > 1:
+        sums = _SumOverContext.apply(sums, parallel_state.get_context_parallel_group())
+    return sums

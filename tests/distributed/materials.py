@@ -18,6 +18,7 @@ VOCABULARY = 501  # a multiple of neither 2 nor 128: TP pads it
 
 _TP2 = ("--tensor-model-parallel-size", 2)
 _PP2 = ("--pipeline-model-parallel-size", 2)
+_CP2 = ("--context-parallel-size", 2)
 _DO = ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
 LAYOUTS: dict[str, tuple[int, tuple[object, ...]]] = {
     "one": (1, ()),
@@ -31,6 +32,11 @@ LAYOUTS: dict[str, tuple[int, tuple[object, ...]]] = {
     "dp2-do": (2, _DO),
     "tp2-pp2": (4, (*_TP2, *_PP2)),
     "tp2-pp2-sp": (4, (*_TP2, *_PP2, "--sequence-parallel")),
+    "cp2": (2, _CP2),
+    "cp2-do": (2, (*_CP2, *_DO)),
+    "cp2-dp2 small micro-batches": (4, (*_CP2, "--max-tokens-per-micro-batch", 100)),
+    "tp2-cp2-sp": (4, (*_TP2, *_CP2, "--sequence-parallel")),
+    "cp2-pp2": (4, (*_CP2, *_PP2)),
     "small chunks": (1, ("--logps-chunk-tokens", 7)),
     "tp2-sp small chunks": (2, (*_TP2, "--sequence-parallel", "--logps-chunk-tokens", 7)),
     "dp2-do small chunks": (2, (*_DO, "--logps-chunk-tokens", 7)),

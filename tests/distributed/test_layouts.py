@@ -30,6 +30,11 @@ CASES = [
     for layout in OTHERS
 ]
 CASES += [
+    pytest.param(mode, layout, marks=[] if (mode, layout) in (("sigmoid", "cp2"), ("lpo-ste", "tp2-cp2-sp")) else [pytest.mark.ci])
+    for mode in QUICK
+    for layout in ("cp2", "cp2-do", "cp2-dp2 small micro-batches", "tp2-cp2-sp", "cp2-pp2")
+]
+CASES += [
     pytest.param("sigmoid", layout, marks=[] if layout.startswith(("tp2-sp", "pp2")) else [pytest.mark.ci], id=layout.replace(" ", "-"))
     for layout in ("small chunks", "tp2-sp small chunks", "dp2-do small chunks", "pp2 fixed rows", "tp2-pp2-sp fixed rows")
 ]

@@ -17,6 +17,7 @@ CASES = [
     ("tied", "one", False), ("tied", "tp2-sp", False), ("tied", "pp2", False), ("untied", "tp2", False), ("untied", "tp2-pp2-sp", False),
     ("tied", "tp2", True), ("tied", "tp2-pp2-sp", True), ("tied", "tp2-pp2", True), ("tied", "vpp2", True), ("tied", "dp2", True),
     ("untied", "one", True), ("untied", "tp2-sp", True), ("untied", "pp2", True), ("untied", "vpp2", True),
+    ("tied", "cp2", False), ("untied", "tp2-cp2-sp", True), ("untied", "cp2-pp2", True),
 ]  # fmt: skip
 QUICK = [pytest.param(model, layout, marks=[pytest.mark.ci] if ci else []) for model, layout, ci in CASES]
 

@@ -30,9 +30,10 @@ def losses(model: Path, store: PairStore) -> Iterator[tuple[float, int]]:
             yield float(judge(ids, labels=ids).loss) * (ids.shape[1] - 1), ids.shape[1] - 1
 
 
-def test_first_loss_is_transformers_and_ranks_agree(bench: Bench, text: Path) -> None:
+@pytest.mark.parametrize("layout", ["dp2", *(pytest.param(each, marks=pytest.mark.ci) for each in ("tp2-pp2-sp", "vpp2", "tp2-cp2-sp"))])
+def test_first_loss_is_transformers_and_ranks_agree(bench: Bench, text: Path, layout: str) -> None:
     flags = ("--train-mode", "pretrain", "--global-batch-size", TEXTS, "--train-iters", 3)
-    one, two = (harness.metrics(bench.train(layout, text, *flags)) for layout in ("one", "dp2"))
+    one, two = (harness.metrics(bench.train(each, text, *flags)) for each in ("one", layout))
     sums, counts = zip(*losses(bench.models["tied"], PairStore(text)), strict=True)
     assert one[0]["loss"] == pytest.approx(sum(sums) / sum(counts), rel=1e-5)
     assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-5)

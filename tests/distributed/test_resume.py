@@ -60,6 +60,7 @@ SAME_LAYOUT = [
     pytest.param("pp2", ADAM_UNDER_DO, id="pp2-tied-distributed-optimizer"),
     pytest.param("dp2-do", ("--ddp-bucket-size", 10000), id="dp2-distributed-optimizer-many-buckets", marks=pytest.mark.ci),
     pytest.param("vpp2", (), id="vpp2", marks=pytest.mark.ci),
+    pytest.param("cp2-do", (), id="cp2-distributed-optimizer", marks=pytest.mark.ci),
 ]
 
 

@@ -44,7 +44,7 @@ def assert_refused(run: harness.Run, save: Path, *words: str) -> None:
 LAYOUTS = [
     ("tied", "tp2-sp", False), ("untied", "tp2-pp2-sp", False), ("tied", "pp2", False), ("tied", "one", True), ("tied", "tp2", True),
     ("tied", "tp2-pp2", True), ("tied", "vpp2", True), ("tied", "dp2", True), ("tied", "dp2-do", True), ("untied", "dp2-do", True),
-    ("tied", "small micro-batches", True), ("untied", "vpp2", True),
+    ("tied", "small micro-batches", True), ("untied", "vpp2", True), ("untied", "tp2-cp2-sp", True),
 ]  # fmt: skip
 
 

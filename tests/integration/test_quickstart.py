@@ -82,7 +82,7 @@ def accuracy(answers: list[str | None], references: list[str]) -> float:
 def test_report_has_what_was_promised(report: dict[str, Any]) -> None:
     accuracies = {"sft_accuracy", "lpo_accuracy", "dpo_accuracy"}
     assert accuracies | {"heldout", "step0", "pairs", "dropped", "parallel", "seconds", "models"} <= set(report)
-    assert report["parallel"] == {"tp": 2, "pp": 1, "dp": 1}
+    assert report["parallel"] == {"tp": 2, "pp": 1, "cp": 1, "dp": 1}
     assert report["pairs"] > 50 and set(report["models"]) == {"sft", "lpo", "dpo"}
     assert {"problems", "checkpoint", "finetune", "pairs", "lpo", "dpo"} <= set(report["seconds"])
 

@@ -55,7 +55,7 @@ class ReferencePass:
         self.forward_step = ForwardStep(lambda batch, logps: (logps.sum(), batch.lengths.sum(), {}), self.vocab, args.logps_chunk_tokens)
 
     def score(self, stream: Any, numbers: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(pair numbers, float64 [pairs, 2] log-probs) parts of this rank; empty off the last stage and off TP rank 0."""
+        """(pair numbers, float64 [pairs, 2] log-probs) parts of this rank; empty off the last stage, TP rank 0 and CP rank 0."""
         import torch
         from megatron.core import parallel_state
 
@@ -76,7 +76,8 @@ class ReferencePass:
                 forward_only=True,
                 collect_non_loss_data=True,
             )
-        if not parallel_state.is_pipeline_last_stage(ignore_virtual=True) or parallel_state.get_tensor_model_parallel_rank() != 0:
+        copies = parallel_state.get_tensor_model_parallel_rank() + parallel_state.get_context_parallel_rank()
+        if not parallel_state.is_pipeline_last_stage(ignore_virtual=True) or copies:
             return []
         parts = zip((slot[stream.rank] for slot in slots), collected, strict=True)
         return [(which, logps.numpy()) for which, (_, logps) in parts if len(which)]  # a slot may hold no pair
@@ -162,7 +163,8 @@ def score_store(reference: ReferencePass, prefix: str, weights: str) -> None:
             scored = len(samples) - len(todo) + done
             print_line(f"[reference] {prefix}: {scored}/{len(samples)} pairs | {rate:.1f} pairs/s | ETA {eta:.0f} s")
     if args.rank == 0:
-        layout = {"tp": args.tensor_model_parallel_size, "pp": args.pipeline_model_parallel_size, "dp": args.data_parallel_size}
+        layout = {"tp": args.tensor_model_parallel_size, "pp": args.pipeline_model_parallel_size, "cp": args.context_parallel_size}
+        layout["dp"] = args.data_parallel_size
         identity = {"store_fingerprint": samples.stores[0].fingerprint, "weights_fingerprint": weights}
         write_reference_logps(prefix, partial.logps, **identity, dtype=dtype, extra={"layout": layout, "hf_path": args.hf_path})
         partial.path.unlink(missing_ok=True)

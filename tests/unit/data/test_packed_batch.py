@@ -96,6 +96,29 @@ def test_fixed_rows_are_filled_with_short_sequences_that_nothing_scores(at_least
     assert len(batch.scored.positions) == 2 * len(pairs)
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("count", [0, 1, 4])
+def test_context_ranks_share_every_sequence_and_every_scored_token(ranks, count):
+    """Rank r has chunks r and 2 ranks - 1 - r of every sequence, in that order; a target stays with the position that predicts it."""
+    samples = [sample(*pair, name=f"p{i}") for i, pair in enumerate(random_pairs(np.random.default_rng(count), count))]
+    multiple = 2 * ranks if ranks > 1 else 1
+    whole = pack(samples, multiple_of=2 * multiple, vocab_size=VOCAB, responses_per_sample=2, sequence_multiple=multiple)
+    lengths, row = whole.cu_seqlens.diff().tolist(), whole.tokens[0].tolist()
+    assert all(length % multiple == 0 for length in lengths) and len(row) % (2 * multiple) == 0
+    found = []
+    for rank in range(ranks):
+        part = whole.of_context_rank(rank, ranks)
+        places = []
+        for start, length in zip(whole.cu_seqlens.tolist(), lengths, strict=False):
+            chunk = length // (2 * ranks)
+            both = (rank, 2 * ranks - 1 - rank) if ranks > 1 else (0, 1)
+            places += [start + c * chunk + i for c in both for i in range(chunk)] if ranks > 1 else range(start, start + length)
+        assert part.tokens[0].tolist() == [row[place] for place in places]
+        assert part.cu_seqlens is whole.cu_seqlens and part.lengths is whole.lengths and part.scored.responses == 2 * count
+        found += [(places[p], t, r) for p, t, r in zip(*(column.tolist() for column in part.scored[:3]), strict=True)]
+    assert sorted(found) == sorted(zip(*(column.tolist() for column in whole.scored[:3]), strict=True))
+
+
 @pytest.mark.parametrize("responses", [1, 2])
 def test_empty_micro_batch_is_one_dummy_sequence(responses):
     batch = pack([], multiple_of=4, vocab_size=VOCAB, responses_per_sample=responses)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from megatron_patch.data.batch_plan import BatchPlan, PairOrder
-from megatron_patch.data.pair_dataset import MicroBatchStream, SampleSet, parse_weighted_prefixes
+from megatron_patch.data.pair_dataset import MicroBatchStream, RowShape, SampleSet, parse_weighted_prefixes
 from megatron_patch.data.pair_store import PairStore, PairStoreWriter, write_reference_logps
 
 VOCAB = 90
@@ -125,7 +125,7 @@ def test_a_token_outside_the_vocabulary_names_pair_and_store(tmp_path):
 def make_stream(samples, batch, rank=0, ranks=1, max_tokens=10_000, slots_multiple=1, weights=None, shuffle=True, seed=11):
     order = PairOrder(samples.sizes, seed=seed, weights=weights, shuffle=shuffle)
     plan = BatchPlan(order, samples.tokens, batch=batch, ranks=ranks, max_tokens=max_tokens, multiple_of=slots_multiple)
-    return MicroBatchStream(samples, plan, rank=rank, multiple_of=2, vocab_size=VOCAB)
+    return MicroBatchStream(samples, plan, rank=rank, vocab_size=VOCAB, shape=RowShape(2))
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_patch.model import packed_attention
-from megatron_patch.model.packed_attention import Blocks, PackedAttention, PackedLayout, causal_attention, has_varlen_kernel
+from megatron_patch.model.packed_attention import Blocks, PackedAttention, PackedLayout, causal_attention, context_blocks, has_varlen_kernel
 
 LENGTHS = [[5], [1, 1, 1], [3, 7, 1, 4], [8, 8]]
 HEADS = [(4, 4), (4, 2), (6, 1)]  # query heads, key/value heads
@@ -79,6 +79,25 @@ def test_blocks_see_earlier_keys_and_their_own(name, alone, monkeypatch):
     assert_same(query, key, value, Blocks(lengths, [len(rows) for rows in seen], torch.tensor([*chain.from_iterable(seen)])))
 
 
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_context_ranks_together_are_the_whole_row(ranks):
+    """Each rank's queries, over the keys of all ranks lying rank after rank, give its rows of the whole attention."""
+    lengths = [2 * ranks * n for n in (1, 3, 2)]
+    query, key, value, whole = packed(lengths, 4, 2)
+    expected = naive(query, key, value, whole, 0.3)
+    place = []
+    for rank in range(ranks):
+        place.append([])
+        for start, length in zip((0, *torch.tensor(lengths).cumsum(0).tolist()), lengths, strict=False):
+            chunk = length // (2 * ranks)
+            place[-1] += [start + c * chunk + i for c in (rank, 2 * ranks - 1 - rank) for i in range(chunk)]
+    rank_after_rank = [*chain.from_iterable(place)]
+    for rank in range(ranks):
+        blocks = context_blocks(lengths, rank, ranks, "cpu")
+        mine = causal_attention(query[place[rank]], key[rank_after_rank], value[rank_after_rank], blocks, 0.3)
+        torch.testing.assert_close(mine, expected[place[rank]], rtol=1e-12, atol=1e-12)
+
+
 def test_padding_is_bounded_and_calls_are_few():
     generator = torch.Generator().manual_seed(0)
     lengths = [int(n) for n in torch.empty(200).log_normal_(5.7, 1.0, generator=generator).clamp(1, 8000)]
@@ -114,10 +133,11 @@ def transformer_config(**options):
     return TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=4, num_query_groups=2, attention_dropout=0.0, **options)
 
 
-def test_module_scales_by_the_root_of_the_head_size():
+def test_module_scales_by_the_root_of_the_head_size(monkeypatch):
     query, key, value, blocks = packed([3, 5], 4, 2)
     module = PackedAttention(transformer_config(), 1, AttnMaskType.causal, "self")
-    layout = PackedLayout.of([3, 5], "cpu")
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: {"one rank": 1}[group])
+    layout = PackedLayout.of([3, 5], "cpu", "one rank")
     assert layout.cu_seqlens_q.tolist() == layout.cu_seqlens_kv.tolist() == [0, 3, 8] and layout.max_seqlen_q == layout.max_seqlen_kv == 5
     out = module(query, key, value, None, packed_seq_params=layout)
     expected = naive(query, key, value, blocks, 1 / math.sqrt(8))
