@@ -51,17 +51,19 @@ class ForwardStep:
         objective: ``checked_preference`` or ``checked_finetune``.
         vocab_size: rows of the vocabulary that exist (the padded ones never count).
         chunk: tokens whose logits are held at a time.
+        torch_spec: whether the layers are ours (``layer_specs``) and not Transformer Engine's.
     """
 
-    def __init__(self, objective: Objective, vocab_size: int, chunk: int) -> None:
-        self.objective = objective
+    def __init__(self, objective: Objective, vocab_size: int, chunk: int, *, torch_spec: bool = True) -> None:
+        self.objective, self.torch_spec = objective, torch_spec
         self.output_processor = partial(response_logps, vocab_size=vocab_size, chunk=chunk)
 
     def __call__(self, data_iterator: Iterator[PackedBatch], model: Any) -> tuple[Tensor, Callable]:
         """Run this stage; returns its output and the function that turns the last stage's [R] log-probs into a loss."""
         device = torch.cuda.current_device()
         batch = next(data_iterator)
-        layout = PackedLayout.of(batch.cu_seqlens.diff().tolist(), device, parallel_state.get_context_parallel_group())
+        group = parallel_state.get_context_parallel_group()
+        layout = PackedLayout.of(batch.cu_seqlens.diff().tolist(), device, group, one_sequence=self.torch_spec)
         batch = batch.to(device)
         output = model(
             batch.tokens,

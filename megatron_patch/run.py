@@ -34,6 +34,7 @@ from megatron_patch.errors import AgreedError
 from megatron_patch.evaluation import parity
 from megatron_patch.forward_step import ForwardStep, Objective, checked_finetune, checked_preference
 from megatron_patch.model.layer_specs import qwen2_block_spec
+from megatron_patch.model.packed_rotary import PackedRotary
 from megatron_patch.model.qwen2 import read_qwen2_config
 from megatron_patch.objectives import finetune, preference, pretrain
 from megatron_patch.objectives.loss_statistics import LossStatistics
@@ -111,6 +112,11 @@ def precision(args: argparse.Namespace) -> torch.dtype:
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
 
 
+def uses_torch_spec(args: argparse.Namespace) -> bool:
+    """Whether layers are made of torch modules, as they are by default."""
+    return args.transformer_impl != "transformer_engine"
+
+
 def model_config(args: argparse.Namespace, chunks: list[Any]) -> Any:
     """Megatron's GPTModelConfig with our layer spec and the import of Hugging Face weights.
 
@@ -128,6 +134,9 @@ def model_config(args: argparse.Namespace, chunks: list[Any]) -> Any:
         """Hugging Face weights into the model chunks, unless a checkpoint will be loaded; keeps hold of the chunks."""
         if not resumes:
             load_hf_weights(built, args.hf_path)
+        if uses_torch_spec(args):
+            for chunk in built:
+                chunk.rotary_pos_emb = PackedRotary(chunk.rotary_pos_emb)
         chunks.extend(built)
         return built
 
@@ -221,7 +230,9 @@ class TrainingRun:
             on_step_zero=self._report_step_zero,
             allow_mismatch=args.allow_reference_mismatch,
         )
-        self.forward_step = ForwardStep(self._objective(), self.model.vocab, args.logps_chunk_tokens)
+        self.forward_step = ForwardStep(
+            self._objective(), self.model.vocab, args.logps_chunk_tokens, torch_spec=uses_torch_spec(args)
+        )
         self.hooks = loop_hooks.LoopState(args.train_mode, self.model, None, None, self.save, on_resume=self._restore_statistics)
 
     def _finds_a_reference(self) -> bool:

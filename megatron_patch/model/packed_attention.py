@@ -64,6 +64,14 @@ class Blocks:
         return both[0], both[1]
 
     @cached_property
+    def positions(self) -> Tensor:
+        """int64 [T]: where each token is in its sequence, which is after the keys before its block's own."""
+        before = torch.tensor(self.keys) - torch.tensor(self.queries)
+        sizes = torch.tensor(self.queries)
+        first = before + sizes - sizes.cumsum(0)
+        return (torch.arange(int(sizes.sum())) + first.repeat_interleave(sizes)).to(self.device)
+
+    @cached_property
     def grids(self) -> tuple[list[Grid], Tensor]:
         """Grids that hold all blocks, and int64 [T]: the cell of each token, the grids' query cells numbered end to end."""
         grids: list[Grid] = []
@@ -112,25 +120,32 @@ def _lower_right(queries: Tensor, keys: Tensor, shape: tuple[int, int, int]) -> 
 
 @dataclass
 class PackedLayout(PackedSeqParams):
-    """Megatron's description of a packed row, and what each stretch of it sees."""
+    """What each stretch of a packed row sees.
+
+    To upstream the row is one sequence (a tensor in the machine's memory: reading it does not wait for the device): it only turns queries
+    and keys by it, and which positions they have is for ``packed_rotary`` to say. Transformer Engine's attention reads the sequences from
+    it, so for that they are the real ones.
+    """
 
     blocks: Blocks = field(kw_only=True)
-    key_group: Any = None
-    """The ranks whose keys and values are needed, where each has a part of every sequence."""
+    context_rank: int = 0
+    context_ranks: int = 1
+    context_group: Any = None
+    """The ranks that each have a part of every sequence."""
 
     @classmethod
-    def of(cls, lengths: Sequence[int], device: Any, context_group: Any) -> "PackedLayout":
-        """Sequences of these lengths, each attending to itself; they restart the rotary positions, so there are no position ids.
+    def of(cls, lengths: Sequence[int], device: Any, context_group: Any, *, one_sequence: bool = True) -> "PackedLayout":
+        """Sequences of these lengths, each attending to itself.
 
-        ``context_group``: the ranks over which each sequence is split (data/packed_batch.py says how).
+        ``context_group``: the ranks over which each sequence is split (data/packed_batch.py says how). ``one_sequence``: as above.
         """
-        ranks = torch.distributed.get_world_size(context_group)
-        whole = Blocks(lengths, device=device)
-        blocks = whole if ranks == 1 else context_blocks(lengths, torch.distributed.get_rank(context_group), ranks, device)
-        starts, longest = whole.cumulative[0], max(lengths)
+        rank, ranks = torch.distributed.get_rank(context_group), torch.distributed.get_world_size(context_group)
+        blocks = Blocks(lengths, device=device) if ranks == 1 else context_blocks(lengths, rank, ranks, device)
+        starts = torch.tensor([0, sum(lengths)], dtype=torch.int32) if one_sequence else Blocks(lengths, device=device).cumulative[0]
+        longest = sum(lengths) if one_sequence else max(lengths)
         return cls(
             qkv_format="thd", cu_seqlens_q=starts, cu_seqlens_kv=starts, max_seqlen_q=longest, max_seqlen_kv=longest, blocks=blocks,
-            key_group=context_group if ranks > 1 else None,
+            context_rank=rank, context_ranks=ranks, context_group=context_group,
         )  # fmt: skip
 
 
@@ -252,7 +267,7 @@ class PackedAttention(MegatronModule):
         """query [T, N, D], key and value [T, G, D] -> [T, N * D]."""
         if not isinstance(packed_seq_params, PackedLayout):
             raise ValueError("packed attention needs a PackedLayout: every batch of this project is packed (THD)")
-        if packed_seq_params.key_group is not None:
-            both = _GatherRows.apply(torch.cat([key, value], dim=-1), packed_seq_params.key_group)
+        if packed_seq_params.context_ranks > 1:
+            both = _GatherRows.apply(torch.cat([key, value], dim=-1), packed_seq_params.context_group)
             key, value = both.split([key.size(-1), value.size(-1)], dim=-1)
         return causal_attention(query, key, value, packed_seq_params.blocks, self.scale).flatten(1)

@@ -52,7 +52,10 @@ class ReferencePass:
         for chunk in self.model:
             chunk.eval()
         self.schedule = get_forward_backward_func()
-        self.forward_step = ForwardStep(lambda batch, logps: (logps.sum(), batch.lengths.sum(), {}), self.vocab, args.logps_chunk_tokens)
+        self.forward_step = ForwardStep(
+            lambda batch, logps: (logps.sum(), batch.lengths.sum(), {}), self.vocab, args.logps_chunk_tokens,
+            torch_spec=run.uses_torch_spec(args),
+        )  # fmt: skip
 
     def score(self, stream: Any, numbers: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
         """(pair numbers, float64 [pairs, 2] log-probs) parts of this rank; empty off the last stage, TP rank 0 and CP rank 0."""

@@ -98,6 +98,13 @@ def test_context_ranks_together_are_the_whole_row(ranks):
         torch.testing.assert_close(mine, expected[place[rank]], rtol=1e-12, atol=1e-12)
 
 
+def test_positions_go_on_after_what_a_block_sees():
+    assert Blocks([3, 2]).positions.tolist() == [0, 1, 2, 0, 1]
+    assert Blocks([3, 2, 1], [3, 5, 4]).positions.tolist() == [0, 1, 2, 3, 4, 3]
+    assert context_blocks([4, 8], 0, 2, "cpu").positions.tolist() == [0, 3, 0, 1, 6, 7]
+    assert context_blocks([4, 8], 1, 2, "cpu").positions.tolist() == [1, 2, 2, 3, 4, 5]
+
+
 def test_padding_is_bounded_and_calls_are_few():
     generator = torch.Generator().manual_seed(0)
     lengths = [int(n) for n in torch.empty(200).log_normal_(5.7, 1.0, generator=generator).clamp(1, 8000)]
@@ -137,8 +144,11 @@ def test_module_scales_by_the_root_of_the_head_size(monkeypatch):
     query, key, value, blocks = packed([3, 5], 4, 2)
     module = PackedAttention(transformer_config(), 1, AttnMaskType.causal, "self")
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: {"one rank": 1}[group])
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda group: {"one rank": 0}[group])
     layout = PackedLayout.of([3, 5], "cpu", "one rank")
-    assert layout.cu_seqlens_q.tolist() == layout.cu_seqlens_kv.tolist() == [0, 3, 8] and layout.max_seqlen_q == layout.max_seqlen_kv == 5
+    assert layout.cu_seqlens_q.tolist() == layout.cu_seqlens_kv.tolist() == [0, 8] and layout.max_seqlen_q == layout.max_seqlen_kv == 8
+    real = PackedLayout.of([3, 5], "cpu", "one rank", one_sequence=False)
+    assert real.cu_seqlens_q.tolist() == real.cu_seqlens_kv.tolist() == [0, 3, 8] and real.max_seqlen_q == real.max_seqlen_kv == 5
     out = module(query, key, value, None, packed_seq_params=layout)
     expected = naive(query, key, value, blocks, 1 / math.sqrt(8))
     assert out.shape == (8, 32)
