@@ -19,8 +19,8 @@ from typing import Any
 
 import regex
 
-KEPT_WORDS = 2**17
-"""More are not remembered at a time: some 30 MB."""
+KEPT_WORDS = 2**16
+"""More are not remembered at a time: some 15 MB."""
 BORDER = 64
 """Characters before and after a border that are looked at; where they are too few to tell, the answer is no."""
 
@@ -98,7 +98,7 @@ class WordTokenizer:
     def __init__(self, backend: Any, pattern: Any, added: list[Any]) -> None:
         self._pre_tokenizer, self._find_words, self._words = backend.pre_tokenizer, pattern.findall, _Words(backend)
         self._added = {token.content: backend.token_to_id(token.content) for token in added}
-        self._control, self._ordinary = _any_of(added), _any_of([token for token in added if not token.special])
+        self._control, self._special = _any_of(added), frozenset(token.content for token in added if token.special)
         self._agreed: set[str] = set()
         self._is_cut = lru_cache(maxsize=65536)(self._cuts_between)
 
@@ -108,11 +108,14 @@ class WordTokenizer:
             return None
         words = self._words.__getitem__
         ids: list[int] = []
-        for i, piece in enumerate((self._ordinary if split_special_tokens else self._control).split(text)):
-            if i % 2:
-                ids.append(self._added[piece])
-            else:
-                ids.extend(chain.from_iterable(map(words, self._find_words(piece))))
+        start = 0
+        for match in self._control.finditer(text):
+            if split_special_tokens and match.group() in self._special:
+                continue  # text like any other, but what lies within it is no other token either
+            ids.extend(chain.from_iterable(map(words, self._find_words(text[start : match.start()]))))
+            ids.append(self._added[match.group()])
+            start = match.end()
+        ids.extend(chain.from_iterable(map(words, self._find_words(text[start:]))))
         return ids
 
     def stay_apart(self, prompt: str, text: str, end: str, whole: str) -> bool:
@@ -130,14 +133,15 @@ class WordTokenizer:
         return 0 < len(word) <= BORDER and self._is_cut(prompt[-BORDER:], word)
 
     def _cuts_between(self, before: str, after: str) -> bool:
-        """Whether two texts are cut where they meet; what stands before the last control token does not matter."""
+        """Whether two texts are cut where they meet, the first into its own words; what is before its last control token is no matter."""
         ends = [match.end() for match in self._control.finditer(before)]
         if not ends:
             return False
         before = before[ends[-1] :]
         if self._control.search(before + after) or not self._is_certain(before + after):
             return False
-        return not before or any(start == len(before) for _, (start, _) in self._pre_tokenizer.pre_tokenize_str(before + after))
+        alone, both = ([place for _, place in self._pre_tokenizer.pre_tokenize_str(text)] for text in (before, before + after))
+        return both[: len(alone)] == alone  # cut there, and before it as if nothing followed
 
     def _is_certain(self, text: str) -> bool:
         """Whether both engines cut this text alike and no normalisation changes it."""

@@ -50,10 +50,17 @@ def byte_level(pattern: str = QWEN2, folder=None, **changes):
     return tokenizer
 
 
-@pytest.mark.parametrize("pattern", [QWEN2, LLAMA3, GPT2], ids=["qwen2", "llama3", "gpt2"])
+PATTERNS = pytest.mark.parametrize("pattern", [QWEN2, LLAMA3, GPT2], ids=["qwen2", "llama3", "gpt2"])
+
+
+@PATTERNS
 @pytest.mark.parametrize("split", [True, False])
-def test_ids_are_the_librarys(pattern, split):
+@pytest.mark.parametrize("nested", [False, True], ids=["", "tokens within tokens"])
+def test_ids_are_the_librarys(pattern, split, nested):
     tokenizer, rng, answered = byte_level(pattern), random.Random(2), 0
+    if nested:  # a special token holds ordinary ones, and begins with one
+        tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in ("im_start", "<|", "_end|>")])
+        tokenizer.add_tokens([AddedToken("<tool_call>!", special=True, normalized=False)], special_tokens=True)
     words = word_tokenizer(tokenizer)
     for _ in range(3000):
         text = awkward(rng)
@@ -61,6 +68,22 @@ def test_ids_are_the_librarys(pattern, split):
         answered += ids is not None
         assert ids is None or ids == tokenizer(text, add_special_tokens=False, split_special_tokens=split)["input_ids"], repr(text)
     assert answered > 500
+
+
+@PATTERNS
+def test_what_stays_apart_surely_does(pattern):
+    """Prompts that end in white space and signs, answers that begin with them: where the answer is yes, the library agrees."""
+    tokenizer, rng, yes = byte_level(pattern), random.Random(4), 0
+    words = word_tokenizer(tokenizer)
+    for _ in range(4000):
+        prompt = "<|im_start|>assistant" + "".join(rng.choices(["\n", " ", "  ", ":", "a", "\t", "(", "5", "'"], k=rng.randint(0, 4)))
+        text = "".join(rng.choices([" ", "\n", "(", "5", "z", "s", "'s", ".", "  "], k=rng.randint(1, 4))) + " word"
+        whole = prompt + text + "<|im_end|>"
+        if words.stay_apart(prompt, text, "<|im_end|>", whole):
+            yes += 1
+            parts = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in (prompt, text, "<|im_end|>")]
+            assert tokenizer(whole, add_special_tokens=False)["input_ids"] == [*parts[0], *parts[1], *parts[2]], repr(whole)
+    assert yes > 1000
 
 
 def test_what_unicode_tables_or_normalisation_could_change_is_left_to_the_library():
