@@ -160,6 +160,7 @@ def sizes(folder: Path, pairs: int) -> list[str]:
     import numpy as np
 
     from megatron_patch.data.pair_store import PairStore, write_reference_logps
+    from megatron_patch.data.store_columns import ColumnBuilder
 
     store = PairStore(folder / "ours")
     write_reference_logps(
@@ -173,11 +174,18 @@ def sizes(folder: Path, pairs: int) -> list[str]:
     beside = (counted - 4 * tokens) / pairs
     with zipfile.ZipFile(folder / "ours.meta.npz") as columns:
         ids = columns.getinfo("id_utf8.npy").compress_size / pairs
+    numbered = ColumnBuilder()
+    for i in range(pairs):
+        numbered.add(f"train-{i}-0", f"prompt {i}", None, i + 1)
+    numbered.save(folder / "numbered.npz")
+    with_numbers = beside - (files[".meta.npz"] - (folder / "numbered.npz").stat().st_size) / pairs
     return [
         f"tokens a pair: {tokens / pairs:.1f} (prompt once)",
         "bytes a pair: " + ", ".join(f"{name} {size / pairs:.2f}" for name, size in sorted(files.items())),
         f"all of it, reference log-probs included: {counted / pairs:.1f} bytes a pair, {counted / tokens:.3f} a token",
         f"beyond 4 bytes a token: {beside:.2f} bytes a pair; budget 64: {'met' if beside <= 64 else f'missed by {beside - 64:.2f}'}",
+        "of .idx, in Megatron's format: three lengths (12), where three sequences start (24), where the pair starts (8)",
+        f"the same with ids that are numbers (train-17-0): {with_numbers:.2f}; {'met' if with_numbers <= 64 else 'missed'}",
         f"of .meta.npz the text of the ids: {ids:.2f} bytes a pair (64 random bits as 16 hex digits, what normalise makes, and a number)",
         f"save_to_disk: {theirs / pairs:.1f} bytes a pair, without reference log-probs",
         f"the paper's released code: {PAPER_BYTES} bytes a pair (2 x (4096 + 4) float32), {PAPER_BYTES * pairs / counted:.1f} times ours",
