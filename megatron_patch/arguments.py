@@ -44,6 +44,7 @@ class PatchArguments:
     max_tokens_per_micro_batch: int = _flag(
         8192, "tokens one micro-batch may hold; the number of micro-batches of a step follows from it", type=int
     )
+    share_prompt: bool = _flag(False, "compute each prompt once for all its responses in a micro-batch", action="store_true")
     pad_micro_batches: bool = _flag(
         False, "pad every micro-batch to --max-tokens-per-micro-batch: pipeline stages exchange no shapes", action="store_true"
     )

@@ -63,7 +63,7 @@ class ForwardStep:
         device = torch.cuda.current_device()
         batch = next(data_iterator)
         group = parallel_state.get_context_parallel_group()
-        layout = PackedLayout.of(batch.cu_seqlens.diff().tolist(), device, group, one_sequence=self.torch_spec)
+        layout = PackedLayout.of(batch.cu_seqlens.diff().tolist(), batch.behind, device, group, one_sequence=self.torch_spec)
         batch = batch.to(device)
         output = model(
             batch.tokens,

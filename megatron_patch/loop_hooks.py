@@ -18,7 +18,7 @@ from megatron.training.global_vars import get_tensorboard_writer
 
 from megatron_patch.data.pair_dataset import MicroBatchStream
 from megatron_patch.model.qwen2 import Qwen2Config
-from megatron_patch.throughput import StepClock, peak_flops, peak_memory, sample_flops
+from megatron_patch.throughput import StepClock, peak_flops, peak_memory, useful_flops
 
 
 @dataclass
@@ -99,8 +99,7 @@ def _flops(_: Callable, state: LoopState) -> Callable:
 def step_flops(state: LoopState, consumed: int) -> float:
     """Useful FLOPs of the global batch that starts after ``consumed`` pairs, over all devices."""
     assert state.train is not None
-    samples, pairs = state.train.samples, state.train.plan.pairs(consumed)
-    return float(sample_flops(state.model, samples.lengths[pairs], samples.scored_lengths[pairs]).sum())
+    return float(useful_flops(state.model, state.train.work(consumed)[0]).sum())
 
 
 def _training_log(upstream: Callable, state: LoopState) -> Callable:
@@ -136,8 +135,8 @@ def _largest(values: dict[str, float]) -> dict[str, float]:
 def _speed(state: LoopState, consumed: int, seconds: float, devices: int) -> dict[str, float]:
     """How fast a step went and how well it was planned; docs/metrics.md says what each is."""
     assert state.train is not None
-    stream, plan = state.train, state.train.plan
-    tokens = float(stream.samples.tokens[plan.pairs(consumed)].sum())
+    plan, (work, packed) = state.train.plan, state.train.work(consumed)
+    tokens = float(work.tokens.sum())
     flops, peak = step_flops(state, consumed) / seconds / devices, peak_flops()
     return {
         "pairs_per_second": plan.batch / seconds,
@@ -146,7 +145,7 @@ def _speed(state: LoopState, consumed: int, seconds: float, devices: int) -> dic
         **({"mfu": flops / peak} if peak else {}),
         "micro_batches": len(plan.step(consumed)),
         "imbalance": plan.imbalance(consumed),
-        "padding_fraction": 1 - tokens / stream.packed_tokens(consumed),
+        "padding_fraction": 1 - tokens / packed,
     }
 
 

@@ -41,7 +41,7 @@ from megatron_patch.objectives.loss_statistics import LossStatistics
 from megatron_patch.objectives.preference import PreferenceObjective
 from megatron_patch.preference.losses import LossSum, loss_entry, needs_peers, needs_reference
 from megatron_patch.step_checks import StepChecks, StepZero
-from megatron_patch.throughput import sample_flops
+from megatron_patch.throughput import useful_flops
 
 STORE_KINDS = {"xpo": preference.STORE_KIND, "finetune": finetune.STORE_KIND, "pretrain": pretrain.STORE_KIND}
 
@@ -60,6 +60,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--micro-batch-size {args.micro_batch_size}: micro-batches are planned from tokens; use --max-tokens-per-micro-batch"
         )
+    if args.share_prompt:
+        _check_sharing(args)
     if args.logps_chunk_tokens < 1:
         raise ValueError(f"--logps-chunk-tokens {args.logps_chunk_tokens}: needs at least one token at a time")
     if args.transformer_impl == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
@@ -72,6 +74,15 @@ def check_arguments(args: argparse.Namespace) -> None:
     if not args.skip_train:
         _check_schedule(args)
     given_losses(args)
+
+
+def _check_sharing(args: argparse.Namespace) -> None:
+    if args.train_mode != "xpo":
+        raise ValueError(f"--share-prompt: --train-mode {args.train_mode} has one sequence a sample, so nothing to share")
+    if args.context_parallel_size > 1:
+        raise ValueError("--share-prompt with --context-parallel-size > 1 is not supported: prompts are not split over ranks")
+    if not uses_torch_spec(args):
+        raise ValueError("--share-prompt needs the torch layer spec: Transformer Engine's attention knows no shared prompts")
 
 
 def _check_scores(losses: LossSum, samples: SampleSet) -> None:
@@ -175,7 +186,7 @@ def stream(
         max_tokens=args.max_tokens_per_micro_batch,
         multiple_of=args.pipeline_model_parallel_size if virtual else 1,
         together=together,
-        cost=sample_flops(read_qwen2_config(args.hf_path), samples.lengths, samples.scored_lengths),
+        cost=useful_flops(read_qwen2_config(args.hf_path), samples.work(shape.share_prompts)),
     )
     return MicroBatchStream(
         samples,
@@ -191,7 +202,8 @@ def row_shape(args: argparse.Namespace) -> RowShape:
     """What packed rows must be like under this layout; with ``--pad-micro-batches`` all as long as the budget."""
     ranks = args.context_parallel_size
     multiple = lcm(2 * ranks if ranks > 1 else 1, ranks * args.tensor_model_parallel_size if args.sequence_parallel else 1)
-    return RowShape(multiple, ranks, round_up(args.max_tokens_per_micro_batch, multiple) if args.pad_micro_batches else 1)
+    least = round_up(args.max_tokens_per_micro_batch, multiple) if args.pad_micro_batches else 1
+    return RowShape(multiple, ranks, least, args.share_prompt)
 
 
 def full_pass(args: argparse.Namespace, samples: SampleSet, vocab_size: int, together: bool = False) -> MicroBatchStream:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_patch.data.pair_dataset import Work
 from megatron_patch.model.qwen2 import Qwen2Config
 
 PEAK_TFLOPS = {
@@ -18,21 +19,16 @@ PEAK_TFLOPS = {
 """Dense bfloat16 tensor-core peaks by what the device's name contains, first match; NVIDIA's data sheets."""
 
 
-def sample_flops(model: Qwen2Config, lengths: np.ndarray, scored: np.ndarray) -> np.ndarray:
+def useful_flops(model: Qwen2Config, work: Work) -> np.ndarray:
     """float64 [samples]: operations that forward and backward of each sample need, padding and recomputation not counted.
 
     6 x body parameters x real tokens + causal attention (6 x heads x head_dim x length^2 per layer and sequence)
     + 6 x output layer x scored tokens.
-
-    Args:
-        lengths: [samples, sequences] tokens. scored: [samples, sequences] response tokens, those the output layer must see.
     """
     projections = model.hidden * model.head_dim * (2 * model.heads + 2 * model.kv_groups)
     body = model.layers * (projections + 3 * model.hidden * model.ffn)
-    tokens, answers = lengths.sum(axis=1, dtype=np.float64), scored.sum(axis=1, dtype=np.float64)
-    squares = np.square(lengths, dtype=np.float64).sum(axis=1)
-    attention_scores = model.layers * model.heads * model.head_dim * squares
-    return 6.0 * (body * tokens + attention_scores + model.hidden * model.vocab * answers)
+    attention = model.layers * model.heads * model.head_dim
+    return 6.0 * (float(body) * work.tokens + float(attention) * work.squares + float(model.hidden * model.vocab) * work.scored)
 
 
 def peak_flops() -> float | None:

@@ -3,6 +3,9 @@
 The only padding is at the end: dummy, unscored sequences that bring the row to a multiple of what sequence parallelism needs, or to a fixed
 length where one is asked for. Under context parallelism each sequence is padded to two chunks a rank, and a rank keeps its two of each:
 one from the front and the one as far from the back, so that causal attention costs all ranks the same.
+
+Responses may share a prompt (``share_prompts``): it is in the row once, for the two of a pair and for all pairs that have it, and each of
+its responses is a sequence of its own *behind* it. "Sequence" below is what the row is made of end to end, so prompts and responses then.
 """
 
 from collections.abc import Sequence
@@ -27,6 +30,7 @@ class Sample(NamedTuple):
     sequences: int32 token ids, prompt and response end to end. scored: bool per token, False for the first of a sequence.
     reference: float64 [responses] reference log-prob sums (nats), or None. name: the id shown in errors.
     scores: float64 [responses] an outside judge's scores, NaN where there are none.
+    prompt: tokens that all its sequences begin with, 0 if it has but one. prompt_number: samples of one number have the same prompt.
     """
 
     sequences: tuple[np.ndarray, ...]
@@ -34,6 +38,8 @@ class Sample(NamedTuple):
     reference: np.ndarray | None
     name: str
     scores: np.ndarray | None = None
+    prompt: int = 0
+    prompt_number: int = -1
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,7 @@ class PackedBatch:
     names: tuple[str, ...]  # P sample names
     scores: Tensor  # float64 [R], NaN when the store has none
     samples_by_rank: tuple[int, ...]  # P of this micro-batch on every data-parallel rank
+    behind: tuple[int, ...]  # S: the number of the sequence that each goes on from, -1 if it begins by itself
 
     def of_context_rank(self, rank: int, ranks: int) -> "PackedBatch":
         """What one of several context-parallel ranks keeps: chunks ``rank`` and ``2 ranks - 1 - rank`` of each sequence."""
@@ -82,6 +89,46 @@ class PackedBatch:
         )
 
 
+class _Row:
+    """A packed row that grows."""
+
+    def __init__(self, sequence_multiple: int) -> None:
+        self.sequence_multiple = sequence_multiple
+        self.sequences: list[np.ndarray] = []
+        self.owners: list[np.ndarray] = []
+        self.behind: list[int] = []
+        self.length = 0
+        self._ends: list[int] = []
+        self._first_behind: list[tuple[int, int]] = []  # (position of a sequence's first token, that of the token before it)
+
+    def add(self, ids: np.ndarray, owners: np.ndarray, behind: int = -1) -> int:
+        """Append a sequence, padded; returns its number. owners: the response each token is scored for, or -1."""
+        padding = (0, -len(ids) % self.sequence_multiple)
+        self.sequences.append(np.pad(ids, padding, constant_values=PAD_TOKEN))
+        self.owners.append(np.pad(owners, padding, constant_values=-1))
+        self.behind.append(behind)
+        if behind >= 0:
+            self._first_behind.append((self.length, self._ends[behind] - 1))
+        self.length += len(self.sequences[-1])
+        self._ends.append(self.length)
+        return len(self.sequences) - 1
+
+    def fill(self, length: int) -> None:
+        """Append dummy sequences up to ``length`` tokens."""
+        longest = -(-_LONGEST_DUMMY // self.sequence_multiple) * self.sequence_multiple
+        while self.length < length:
+            dummy = min(longest, length - self.length)
+            self.add(np.full(dummy, PAD_TOKEN, dtype=np.int32), np.full(dummy, -1))
+
+    def scored(self, responses: int) -> tuple[Tensor, ScoredTargets]:
+        """(int64 [T] tokens, where they are predicted)."""
+        tokens, owners = (torch.from_numpy(np.concatenate(parts)).long() for parts in (self.sequences, self.owners))
+        before = torch.arange(-1, self.length - 1)
+        for position, previous in self._first_behind:
+            before[position] = previous
+        return tokens, scored_targets(tokens, owners, responses, before)
+
+
 def pack(
     samples: Sequence[Sample],
     *,
@@ -91,42 +138,41 @@ def pack(
     samples_by_rank: tuple[int, ...] | None = None,
     at_least: int = 1,
     sequence_multiple: int = 1,
+    share_prompts: bool = False,
 ) -> PackedBatch:
     """Pack ``samples`` (possibly none) into one row of ``at_least`` so many tokens and a multiple of ``multiple_of``.
 
     ``sequence_multiple``: what each sequence's tokens, padding included, are a multiple of; divides ``multiple_of``.
     ``samples_by_rank``: how many samples every data-parallel rank packs at the same time; None when this rank is alone.
+    ``share_prompts``: each prompt is in the row once.
 
     Raises:
         ValueError: a sample scores nothing, scores the first token of a sequence, or has a token id outside the vocabulary; names it.
     """
-    sequences: list[np.ndarray] = []
-    response_of_token: list[np.ndarray] = []
+    row = _Row(sequence_multiple)
+    prompts: dict[int, int] = {}
     for p, sample in enumerate(samples):
+        behind, shared = -1, sample.prompt if share_prompts else 0
+        if shared and sample.prompt_number not in prompts:
+            prompts[sample.prompt_number] = row.add(sample.sequences[0][:shared], np.full(shared, -1))
+        if shared:
+            behind = prompts[sample.prompt_number]
         for r, (ids, is_scored) in enumerate(zip(sample.sequences, sample.scored, strict=True)):
             _check(sample.name, ids, is_scored, vocab_size)
-            padding = (0, -len(ids) % sequence_multiple)
-            sequences.append(np.pad(ids, padding, constant_values=PAD_TOKEN))
-            response_of_token.append(np.pad(np.where(is_scored, r * len(samples) + p, -1), padding, constant_values=-1))
-    length = sum(map(len, sequences))
-    filler = -(-max(length, at_least) // multiple_of) * multiple_of - length
-    longest = -(-_LONGEST_DUMMY // sequence_multiple) * sequence_multiple
-    for start in range(0, filler, longest):
-        dummy = min(longest, filler - start)
-        sequences.append(np.full(dummy, PAD_TOKEN, dtype=np.int32))
-        response_of_token.append(np.full(dummy, -1))
-    tokens = torch.from_numpy(np.concatenate(sequences)).long()
+            row.add(ids[shared:], np.where(is_scored, r * len(samples) + p, -1)[shared:], behind)
+    row.fill(-(-max(row.length, at_least) // multiple_of) * multiple_of)
     responses = len(samples) * responses_per_sample
-    scored = scored_targets(tokens, torch.from_numpy(np.concatenate(response_of_token)).long(), responses)
+    tokens, scored = row.scored(responses)
     return PackedBatch(
         tokens=tokens.unsqueeze(0),
-        cu_seqlens=torch.from_numpy(np.cumsum([0, *map(len, sequences)], dtype=np.int32)),
+        cu_seqlens=torch.from_numpy(np.cumsum([0, *map(len, row.sequences)], dtype=np.int32)),
         scored=scored,
         lengths=torch.bincount(scored.response, minlength=responses),
         reference=_by_response([s.reference for s in samples], responses_per_sample),
         names=tuple(s.name for s in samples),
         scores=_by_response([s.scores for s in samples], responses_per_sample),
         samples_by_rank=samples_by_rank or (len(samples),),
+        behind=tuple(row.behind),
     )
 
 

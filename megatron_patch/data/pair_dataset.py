@@ -6,6 +6,7 @@ state is saved, because the plan is a function of the pairs consumed so far.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,6 +41,15 @@ def parse_weighted_prefixes(words: Sequence[str]) -> tuple[list[str], list[float
     if not alternating:
         raise ValueError(f"data prefixes: give a weight before every prefix or none at all, got {' '.join(words)!r}")
     return prefixes, [float(w) for w in weights if w is not None]
+
+
+class Work(NamedTuple):
+    """What samples take to compute, int64 [samples] each: that is linear in the first and the last, attention in the second."""
+
+    tokens: np.ndarray
+    squares: np.ndarray
+    """Sum over the sample's sequences of length^2; for a response behind a prompt (prompt + response)^2 - prompt^2."""
+    scored: np.ndarray
 
 
 class SampleSet:
@@ -91,8 +101,28 @@ class SampleSet:
 
     @property
     def tokens(self) -> np.ndarray:
-        """int64 [samples]: tokens each sample costs; a pair's prompt counts once for each response."""
+        """int64 [samples]: tokens of each sample's sequences; a pair's prompt counts once for each response."""
         return self.lengths.sum(axis=1)
+
+    @cached_property
+    def prompts(self) -> np.ndarray:
+        """int64 [samples]: tokens that all sequences of a sample begin with; 0 where there is but one sequence."""
+        return self.lengths[:, 0] - self.scored_lengths[:, 0] if self.kind == "pairs" else np.zeros(len(self), dtype=np.int64)
+
+    @cached_property
+    def prompt_numbers(self) -> np.ndarray:
+        """int64 [samples]: samples of one number have the same prompt, token by token (cut to the same length, if it was cut)."""
+        columns = [np.where(store.columns.group < 0, np.arange(len(store)), store.columns.group) for store in self.stores]
+        first = np.concatenate([group + end - size for group, end, size in zip(columns, self._ends, self.sizes, strict=True)])
+        return np.unique(np.stack([first, self.prompts], axis=1), axis=0, return_inverse=True)[1].reshape(-1)
+
+    def work(self, share_prompts: bool) -> "Work":
+        """What the samples take to compute; with ``share_prompts`` a sample's prompt is computed once."""
+        squares, answers = np.square(self.lengths).sum(axis=1), self.scored_lengths.sum(axis=1)
+        if not share_prompts:
+            return Work(self.tokens, squares, answers)
+        copies = self.responses_per_sample - 1
+        return Work(self.tokens - copies * self.prompts, squares - copies * np.square(self.prompts), answers)
 
     def locate(self, number: int) -> tuple[int, int]:
         """(store, document) of sample ``number``."""
@@ -109,6 +139,8 @@ class SampleSet:
             reference=None if self._reference is None else self._reference[which][document],
             name=self.name(which, document),
             scores=self.stores[which].columns.scores[document] if self.kind == "pairs" else None,
+            prompt=int(self.prompts[number]),
+            prompt_number=int(self.prompt_numbers[number]),
         )
 
     def without_score_gap(self) -> list[str]:
@@ -153,6 +185,8 @@ class RowShape(NamedTuple):
     context_ranks: int = 1
     at_least: int = 1
     """Of every row; with a multiple of the budget all rows are alike."""
+    share_prompts: bool = False
+    """Each prompt is in a row once (data/packed_batch.py)."""
 
     @property
     def sequence_multiple(self) -> int:
@@ -160,7 +194,9 @@ class RowShape(NamedTuple):
         return 2 * self.context_ranks if self.context_ranks > 1 else 1
 
     def tokens(self, samples: SampleSet) -> np.ndarray:
-        """int64 [samples]: tokens each takes in a row."""
+        """int64 [samples]: tokens each takes in a row, if it shares its prompt with no other."""
+        if self.share_prompts:
+            return samples.work(True).tokens
         return round_up(samples.lengths, self.sequence_multiple).sum(axis=1)
 
 
@@ -183,16 +219,29 @@ class MicroBatchStream:
             multiple_of=self.shape.multiple_of,
             sequence_multiple=self.shape.sequence_multiple,
             at_least=self.shape.at_least,
+            share_prompts=self.shape.share_prompts,
             vocab_size=self.vocab_size,
             responses_per_sample=self.samples.responses_per_sample,
             samples_by_rank=tuple(map(len, slot)),
         )
         return whole.of_context_rank(self.context_rank, self.shape.context_ranks)
 
-    def packed_tokens(self, consumed: int) -> int:
-        """Tokens of all ranks' rows in the step after ``consumed`` pairs, padding included."""
-        held = [int(self.plan.tokens[share].sum()) for slot in self.plan.step(consumed) for share in slot]
-        return sum(round_up(max(tokens, self.shape.at_least), self.shape.multiple_of) for tokens in held)
+    def work(self, consumed: int) -> tuple[Work, int]:
+        """(what the step after ``consumed`` pairs takes over all ranks, each number a sum; tokens of its rows, padding included)."""
+        samples, shape = self.samples, self.shape
+        work, in_rows = samples.work(shape.share_prompts), shape.tokens(samples)
+        totals, packed = np.zeros(3, dtype=np.int64), 0
+        for share in (share for slot in self.plan.step(consumed) for share in slot):
+            saved = self._prompts_met_again(share) if shape.share_prompts else np.zeros(0, dtype=np.int64)
+            totals += [work.tokens[share].sum() - saved.sum(), work.squares[share].sum() - np.square(saved).sum(), work.scored[share].sum()]
+            held = int(in_rows[share].sum() - saved.sum())
+            packed += round_up(max(held, shape.at_least), shape.multiple_of)
+        return Work(*totals[:, None]), packed
+
+    def _prompts_met_again(self, share: np.ndarray) -> np.ndarray:
+        """int64: the lengths of the prompts in a micro-batch that another of its samples brought already."""
+        first = np.unique(self.samples.prompt_numbers[share], return_index=True)[1]
+        return np.delete(self.samples.prompts[share], first)
 
     def from_position(self, consumed: int) -> Iterator[PackedBatch]:
         """Endless: this rank's micro-batches of the step after ``consumed`` pairs, of the next one, and so on."""

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
-from itertools import accumulate
+from itertools import accumulate, chain, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -134,19 +134,32 @@ class PackedLayout(PackedSeqParams):
     """The ranks that each have a part of every sequence."""
 
     @classmethod
-    def of(cls, lengths: Sequence[int], device: Any, context_group: Any, *, one_sequence: bool = True) -> "PackedLayout":
-        """Sequences of these lengths, each attending to itself.
+    def of(
+        cls, lengths: Sequence[int], behind: Sequence[int], device: Any, context_group: Any, *, one_sequence: bool = True
+    ) -> "PackedLayout":
+        """Sequences of these lengths, each attending to itself and to the one it is behind (-1: to none).
 
         ``context_group``: the ranks over which each sequence is split (data/packed_batch.py says how). ``one_sequence``: as above.
         """
         rank, ranks = torch.distributed.get_rank(context_group), torch.distributed.get_world_size(context_group)
-        blocks = Blocks(lengths, device=device) if ranks == 1 else context_blocks(lengths, rank, ranks, device)
+        blocks = row_blocks(lengths, behind, device) if ranks == 1 else context_blocks(lengths, rank, ranks, device)
         starts = torch.tensor([0, sum(lengths)], dtype=torch.int32) if one_sequence else Blocks(lengths, device=device).cumulative[0]
         longest = sum(lengths) if one_sequence else max(lengths)
         return cls(
             qkv_format="thd", cu_seqlens_q=starts, cu_seqlens_kv=starts, max_seqlen_q=longest, max_seqlen_kv=longest, blocks=blocks,
             context_rank=rank, context_ranks=ranks, context_group=context_group,
         )  # fmt: skip
+
+
+def row_blocks(lengths: Sequence[int], behind: Sequence[int], device: Any) -> Blocks:
+    """Sequences of a row: each sees itself and the whole of the one it is behind, if any."""
+    if max(behind) < 0:
+        return Blocks(lengths, device=device)
+    starts = [0, *accumulate(lengths)]
+    places = [torch.arange(start, stop) for start, stop in pairwise(starts)]
+    seen = [(places[before], own) if before >= 0 else (own,) for own, before in zip(places, behind, strict=True)]
+    keys = [sum(map(len, parts)) for parts in seen]
+    return Blocks(lengths, keys, torch.cat([*chain.from_iterable(seen)]).to(device), device=device)
 
 
 def context_blocks(lengths: Sequence[int], rank: int, ranks: int, device: Any) -> Blocks:

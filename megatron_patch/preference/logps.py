@@ -27,7 +27,7 @@ class ScoredTargets(NamedTuple):
         return ScoredTargets(positions, targets, response, self.responses)
 
 
-def scored_targets(tokens: Tensor, response_of_token: Tensor, responses: int) -> ScoredTargets:
+def scored_targets(tokens: Tensor, response_of_token: Tensor, responses: int, before: Tensor | None = None) -> ScoredTargets:
     """Turn a packed row into prediction positions and targets.
 
     Args:
@@ -35,9 +35,11 @@ def scored_targets(tokens: Tensor, response_of_token: Tensor, responses: int) ->
         response_of_token: int64 [T], the response a token is scored for, or -1. The first token of a sequence must be -1:
             nothing in its own sequence predicts it (data/packed_batch.py refuses empty prompts).
         responses: R.
+        before: int64 [T], the position of the token before each; None: the one on its left, as it is unless responses share a prompt.
     """
     scored = torch.nonzero(response_of_token >= 0).squeeze(1)
-    return ScoredTargets(scored - 1, tokens[scored], response_of_token[scored], responses)
+    positions = scored - 1 if before is None else before[scored]
+    return ScoredTargets(positions, tokens[scored], response_of_token[scored], responses)
 
 
 def sum_by_response(token_logps: Tensor, scored: ScoredTargets) -> Tensor:

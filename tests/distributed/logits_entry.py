@@ -32,7 +32,7 @@ def logits_step(vocab: int, found: list[tuple[torch.Tensor, torch.Tensor]]) -> C
 
     def step(batches: Iterator[Any], model: Any) -> tuple[torch.Tensor, Callable]:
         batch = next(batches)
-        layout = PackedLayout.of(batch.cu_seqlens.diff().tolist(), "cpu", parallel_state.get_context_parallel_group())
+        layout = PackedLayout.of(batch.cu_seqlens.diff().tolist(), batch.behind, "cpu", parallel_state.get_context_parallel_group())
         logits = model(batch.tokens, None, None, packed_seq_params=layout)
         return logits, lambda output, non_loss_data=False: collect(batch, output)
 

@@ -37,6 +37,11 @@ LAYOUTS: dict[str, tuple[int, tuple[object, ...]]] = {
     "cp2-dp2 small micro-batches": (4, (*_CP2, "--max-tokens-per-micro-batch", 100)),
     "tp2-cp2-sp": (4, (*_TP2, *_CP2, "--sequence-parallel")),
     "cp2-pp2": (4, (*_CP2, *_PP2)),
+    "share-prompt": (1, ("--share-prompt",)),
+    "share-prompt small micro-batches": (1, ("--share-prompt", "--max-tokens-per-micro-batch", 90)),
+    "share-prompt tp2-sp": (2, (*_TP2, "--sequence-parallel", "--share-prompt")),
+    "share-prompt pp2": (2, (*_PP2, "--share-prompt")),
+    "share-prompt dp2-do": (2, (*_DO, "--share-prompt")),
     "small chunks": (1, ("--logps-chunk-tokens", 7)),
     "tp2-sp small chunks": (2, (*_TP2, "--sequence-parallel", "--logps-chunk-tokens", 7)),
     "dp2-do small chunks": (2, (*_DO, "--logps-chunk-tokens", 7)),
@@ -65,17 +70,23 @@ def make_model(folder: Path, *, tied: bool, seed: int) -> Path:
 
 def make_store(
     prefix: Path, kind: str, *, count: int = PAIRS, longest: int = 20, seed: int = 0, vocabulary: int = VOCABULARY, scored: bool = True,
-    shortest: int = 1,
+    shortest: int = 1, same_prompt: int = 1,
 ) -> Path:
-    """``count`` documents of random tokens; lengths from ``shortest`` tokens to ``longest``, the extremes included; pairs with scores."""
+    """``count`` documents of random tokens; lengths from ``shortest`` tokens to ``longest``, the extremes included; pairs with scores.
+
+    ``same_prompt``: so many pairs after each other have the same prompt.
+    """
     rng = np.random.default_rng(seed)
     parts = {"pairs": 3, "sft": 2, "text": 1}[kind]
+    prompt = np.empty(0)
     with PairStoreWriter(prefix, kind) as writer:
         for i in range(count):
             lengths = rng.integers(shortest, longest + 1, parts) if i > 1 else np.full(parts, (shortest, longest)[i])
             tokens = [rng.integers(0, vocabulary, length) for length in lengths]
+            prompt = tokens[0] if i % same_prompt == 0 else prompt
+            tokens[0] = prompt
             scores = (float(1 + i % 5), float(-(i % 3))) if scored and kind == "pairs" else None
-            writer.add(tokens, id=f"p{i:03d}", group=str(i), scores=scores)
+            writer.add(tokens, id=f"p{i:03d}", group=str(i // same_prompt), scores=scores)
         writer.commit(tokenizer={"fingerprint": "t"}, template={"fingerprint": "x"}, sources=[])
     return prefix
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.distributed import harness
-from tests.distributed.materials import PAIRS, Bench, tensors
+from tests.distributed.materials import PAIRS, Bench, make_store, tensors
 from tests.distributed.test_step_zero import shifted_reference
 
 TOLERANCE = 1e-5
@@ -33,6 +33,10 @@ CASES += [
     pytest.param(mode, layout, marks=[] if (mode, layout) in (("sigmoid", "cp2"), ("lpo-ste", "tp2-cp2-sp")) else [pytest.mark.ci])
     for mode in QUICK
     for layout in ("cp2", "cp2-do", "cp2-dp2 small micro-batches", "tp2-cp2-sp", "cp2-pp2")
+]
+CASES += [
+    pytest.param("sigmoid", layout, marks=[] if layout.endswith(("prompt", "tp2-sp")) else [pytest.mark.ci], id=layout.replace(" ", "-"))
+    for layout in ("share-prompt", "share-prompt small micro-batches", "share-prompt tp2-sp", "share-prompt pp2", "share-prompt dp2-do")
 ]
 CASES += [
     pytest.param("sigmoid", layout, marks=[] if layout.startswith(("tp2-sp", "pp2")) else [pytest.mark.ci], id=layout.replace(" ", "-"))
@@ -75,6 +79,18 @@ def test_ten_steps_equal_one_process(
     difference = {name: worst(rows, judge, name) for name in ("loss", "grad_norm")}
     record_property("worst", difference)
     assert max(difference.values()) <= TOLERANCE, difference
+
+
+def test_several_pairs_of_a_prompt_share_it(bench: Bench) -> None:
+    """Sixteen prompts with three pairs each: the same ten steps, with fewer useful operations."""
+    prefix = make_store(bench.folder("same-prompt") / "pairs", "pairs", same_prompt=3, seed=5)
+    judge, rows = (
+        harness.metrics(bench.train(layout, prefix, "--loss-type", "simpo", "--train-iters", 3, "--global-batch-size", 24))
+        for layout in ("one", "share-prompt")
+    )
+    assert max(worst(rows, judge, name) for name in ("loss", "grad_norm")) <= TOLERANCE
+    work = [[row["tokens_per_second"] * row["seconds"] for row in each] for each in (rows, judge)]
+    assert all(shared < 0.75 * separate for shared, separate in zip(*work, strict=True)), work
 
 
 def test_fixed_rows_are_padded(bench: Bench, off_tie: Path) -> None:

@@ -18,6 +18,7 @@ CASES = [
     ("tied", "tp2", True), ("tied", "tp2-pp2-sp", True), ("tied", "tp2-pp2", True), ("tied", "vpp2", True), ("tied", "dp2", True),
     ("untied", "one", True), ("untied", "tp2-sp", True), ("untied", "pp2", True), ("untied", "vpp2", True),
     ("tied", "cp2", False), ("untied", "tp2-cp2-sp", True), ("untied", "cp2-pp2", True),
+    ("tied", "share-prompt", False), ("untied", "share-prompt tp2-sp", True),
 ]  # fmt: skip
 QUICK = [pytest.param(model, layout, marks=[pytest.mark.ci] if ci else []) for model, layout, ci in CASES]
 

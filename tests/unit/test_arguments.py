@@ -24,9 +24,9 @@ SMALLEST = ROOT / "tests/data/qwen2_5_configs/0.5B.json"
 # A flag that is renamed or changes its default breaks users' scripts: change this list only on purpose, and say so in CHANGELOG.
 FROZEN = {
     "device": "auto", "train_mode": "xpo", "hf_path": None, "save_hf": None, "pair_data": None, "valid_pair_data": None, "epochs": None,
-    "max_tokens_per_micro_batch": 8192, "pad_micro_batches": False, "logps_chunk_tokens": 1024, "loss_type": ("lpo-ste",),
-    "loss_weights": None, "beta": None, "gamma": None, "r1": None, "r2": None, "offset": None, "label_smoothing": None, "margin": None,
-    "upper_margin": None, "sft_weight": None, "dpop_lambda": None,
+    "max_tokens_per_micro_batch": 8192, "share_prompt": False, "pad_micro_batches": False, "logps_chunk_tokens": 1024,
+    "loss_type": ("lpo-ste",), "loss_weights": None, "beta": None, "gamma": None, "r1": None, "r2": None, "offset": None,
+    "label_smoothing": None, "margin": None, "upper_margin": None, "sft_weight": None, "dpop_lambda": None,
     "alpha": None, "discopop_tau": None, "desirable_weight": None, "undesirable_weight": None, "statistics_decay": None, "anchor": None,
     "anchor_weight": None, "anchor_slack": None, "anchor_power": None, "anchor_value": None, "is_average": None, "add_sft_loss": None,
     "parity_check": True, "allow_reference_mismatch": False, "check": False,

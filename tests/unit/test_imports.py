@@ -23,7 +23,7 @@ INWARD = {
     "entry": {"arguments", "errors"},
     "step_checks": {"data", "errors"},
     "forward_step": {"data", "model", "objectives", "preference", "step_checks"},
-    "throughput": {"model"},
+    "throughput": {"data", "model"},
     "loop_hooks": {"data", "model", "throughput"},
     "run": {
         "arguments", "checkpoint", "data", "errors", "evaluation", "forward_step", "loop_hooks", "model", "objectives", "preference",

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_patch.data.pair_dataset import Work
 from megatron_patch.model.qwen2 import Qwen2Config
-from megatron_patch.throughput import PEAK_TFLOPS, StepClock, peak_flops, sample_flops
+from megatron_patch.throughput import PEAK_TFLOPS, StepClock, peak_flops, useful_flops
 
 MODEL = Qwen2Config(
     layers=3, hidden=64, heads=4, kv_groups=2, head_dim=16, ffn=96, vocab=501, tied=True,
@@ -27,11 +28,12 @@ def forward_by_hand(length: int, scored: int) -> float:
 def test_useful_flops_are_three_forward_passes() -> None:
     lengths, scored = np.array([[7, 30], [12, 5]]), np.array([[4, 11], [3, 1]])
     expected = [3 * sum(forward_by_hand(int(n), int(k)) for n, k in zip(*row, strict=True)) for row in zip(lengths, scored, strict=True)]
-    assert sample_flops(MODEL, lengths, scored).tolist() == expected
+    work = Work(lengths.sum(1), np.square(lengths).sum(1), scored.sum(1))
+    assert useful_flops(MODEL, work).tolist() == expected
 
 
 def test_prompts_are_not_output_work() -> None:
-    short, long = sample_flops(MODEL, np.array([[10], [10]]), np.array([[4], [9]]))
+    short, long = useful_flops(MODEL, Work(np.array([10, 10]), np.array([100, 100]), np.array([4, 9])))
     assert long - short == 6 * 64 * 501 * 5
 
 

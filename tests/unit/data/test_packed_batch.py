@@ -96,6 +96,39 @@ def test_fixed_rows_are_filled_with_short_sequences_that_nothing_scores(at_least
     assert len(batch.scored.positions) == 2 * len(pairs)
 
 
+@pytest.mark.parametrize("multiple_of", [1, 8])
+def test_shared_prompts_are_there_once_and_every_target_is_predicted_from_its_own_past(multiple_of):
+    """Walked back from its last token, each response is followed by its whole prompt; three of five pairs have the same one."""
+    pairs = random_pairs(np.random.default_rng(3), 5)
+    pairs[3:] = [(pairs[1][0], *responses) for _, *responses in pairs[3:]]
+    numbers = [0, 1, 2, 1, 1]
+    samples = [
+        sample(*pair, name=f"p{i}")._replace(prompt=len(pair[0]), prompt_number=numbers[i]) for i, pair in enumerate(pairs)
+    ]
+    batch = pack(samples, multiple_of=multiple_of, vocab_size=VOCAB, responses_per_sample=2, share_prompts=True)
+    row, starts = batch.tokens[0].tolist(), batch.cu_seqlens.tolist()
+    ends = starts[1:]
+    real = sum(len(prompt) for prompt, *_ in pairs[:3]) + sum(len(response) for _, *responses in pairs for response in responses)
+    assert 0 <= len(row) - real < multiple_of and batch.behind.count(-1) == 3 + (len(row) > real)
+    before = {start: ends[behind] - 1 for start, behind in zip(starts, batch.behind, strict=False) if behind >= 0}
+    begins = {start for start, behind in zip(starts, batch.behind, strict=False) if behind < 0}
+    found: dict[int, list[tuple[int, int]]] = {}
+    for position, target, response in zip(*(column.tolist() for column in batch.scored[:3]), strict=True):
+        found.setdefault(response, []).append((position, target))
+    assert len(found) == 10
+    for response, predictions in found.items():
+        prompt, *responses = pairs[response % 5]
+        assert [target for _, target in predictions] == responses[response // 5]
+        position, walked = predictions[-1][0], []
+        while True:
+            walked.append(row[position])
+            if position in begins:
+                break
+            position = before.get(position, position - 1)
+        assert walked[::-1] == prompt + responses[response // 5][:-1]
+    assert batch.lengths.tolist() == [len(pair[1 + r]) for r in range(2) for pair in pairs]
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("count", [0, 1, 4])
 def test_context_ranks_share_every_sequence_and_every_scored_token(ranks, count):

@@ -145,9 +145,9 @@ def test_module_scales_by_the_root_of_the_head_size(monkeypatch):
     module = PackedAttention(transformer_config(), 1, AttnMaskType.causal, "self")
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: {"one rank": 1}[group])
     monkeypatch.setattr(torch.distributed, "get_rank", lambda group: {"one rank": 0}[group])
-    layout = PackedLayout.of([3, 5], "cpu", "one rank")
+    layout = PackedLayout.of([3, 5], (-1, -1), "cpu", "one rank")
     assert layout.cu_seqlens_q.tolist() == layout.cu_seqlens_kv.tolist() == [0, 8] and layout.max_seqlen_q == layout.max_seqlen_kv == 8
-    real = PackedLayout.of([3, 5], "cpu", "one rank", one_sequence=False)
+    real = PackedLayout.of([3, 5], (-1, -1), "cpu", "one rank", one_sequence=False)
     assert real.cu_seqlens_q.tolist() == real.cu_seqlens_kv.tolist() == [0, 3, 8] and real.max_seqlen_q == real.max_seqlen_kv == 5
     out = module(query, key, value, None, packed_seq_params=layout)
     expected = naive(query, key, value, blocks, 1 / math.sqrt(8))
