@@ -226,6 +226,8 @@ class TrainingRun:
     def __init__(self, args: argparse.Namespace, device: str) -> None:
         announce(args, args.train_mode, device)
         check_arguments(args)
+        if device == "cpu" and args.optimizer_cpu_offload:
+            raise ValueError("--optimizer-cpu-offload: moves the optimizer off a GPU, and this run has none")
         self.args, self.model = args, read_qwen2_config(args.hf_path)
         self.chunks: list[Any] = []
         self.losses = given_losses(args)

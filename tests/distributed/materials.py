@@ -19,8 +19,9 @@ VOCABULARY = 501  # a multiple of neither 2 nor 128: TP pads it
 _TP2 = ("--tensor-model-parallel-size", 2)
 _PP2 = ("--pipeline-model-parallel-size", 2)
 _CP2 = ("--context-parallel-size", 2)
+_FULL = ("--recompute-granularity", "full")
 _DO = ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
-LAYOUTS: dict[str, tuple[int, tuple[object, ...]]] = {
+LAYOUTS: dict[str, tuple[int, tuple[object, ...]]] = {  # name -> (processes, flags)
     "one": (1, ()),
     "small micro-batches": (1, ("--max-tokens-per-micro-batch", 90)),
     "tp2": (2, _TP2),
@@ -42,12 +43,19 @@ LAYOUTS: dict[str, tuple[int, tuple[object, ...]]] = {
     "share-prompt tp2-sp": (2, (*_TP2, "--sequence-parallel", "--share-prompt")),
     "share-prompt pp2": (2, (*_PP2, "--share-prompt")),
     "share-prompt dp2-do": (2, (*_DO, "--share-prompt")),
+    "full recompute": (1, (*_FULL, "--recompute-method", "uniform", "--recompute-num-layers", 1)),
+    "full recompute tp2-pp2-sp": (
+        4, (*_TP2, *_PP2, "--sequence-parallel", *_FULL, "--recompute-method", "block", "--recompute-num-layers", 1)
+    ),
+    "attention recompute": (1, ("--recompute-granularity", "selective", "--recompute-modules", "core_attn")),
+    "mlp recompute cp2": (2, (*_CP2, "--recompute-granularity", "selective", "--recompute-modules", "mlp")),
+    "bf16": (1, ("--bf16", "--allow-reference-mismatch")),
     "small chunks": (1, ("--logps-chunk-tokens", 7)),
     "tp2-sp small chunks": (2, (*_TP2, "--sequence-parallel", "--logps-chunk-tokens", 7)),
     "dp2-do small chunks": (2, (*_DO, "--logps-chunk-tokens", 7)),
     "pp2 fixed rows": (2, (*_PP2, "--pad-micro-batches", "--max-tokens-per-micro-batch", 300)),
     "tp2-pp2-sp fixed rows": (4, (*_TP2, *_PP2, "--sequence-parallel", "--pad-micro-batches", "--max-tokens-per-micro-batch", 301)),
-}
+}  # fmt: skip
 
 
 def make_model(folder: Path, *, tied: bool, seed: int) -> Path:

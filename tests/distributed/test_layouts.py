@@ -35,6 +35,10 @@ CASES += [
     for layout in ("cp2", "cp2-do", "cp2-dp2 small micro-batches", "tp2-cp2-sp", "cp2-pp2")
 ]
 CASES += [
+    pytest.param("sigmoid", layout, marks=[] if layout == "full recompute" else [pytest.mark.ci], id=layout.replace(" ", "-"))
+    for layout in ("full recompute", "full recompute tp2-pp2-sp", "attention recompute", "mlp recompute cp2")
+]
+CASES += [
     pytest.param("sigmoid", layout, marks=[] if layout.endswith(("prompt", "tp2-sp")) else [pytest.mark.ci], id=layout.replace(" ", "-"))
     for layout in ("share-prompt", "share-prompt small micro-batches", "share-prompt tp2-sp", "share-prompt pp2", "share-prompt dp2-do")
 ]
@@ -79,6 +83,17 @@ def test_ten_steps_equal_one_process(
     difference = {name: worst(rows, judge, name) for name in ("loss", "grad_norm")}
     record_property("worst", difference)
     assert max(difference.values()) <= TOLERANCE, difference
+
+
+@pytest.mark.ci
+def test_bfloat16_is_float32_within_its_precision(
+    bench: Bench, off_tie: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """bfloat16 with float32 main gradients."""
+    judge, rows = trained(bench, off_tie, "sigmoid", "one"), trained(bench, off_tie, "sigmoid", "bf16")
+    difference = {name: worst(rows, judge, name) for name in ("loss", "grad_norm")}
+    record_property("worst", difference)
+    assert 1e-6 < difference["loss"] < 0.01 and difference["grad_norm"] < 0.05, difference
 
 
 def test_several_pairs_of_a_prompt_share_it(bench: Bench) -> None:
