@@ -64,8 +64,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         _check_sharing(args)
     if args.logps_chunk_tokens < 1:
         raise ValueError(f"--logps-chunk-tokens {args.logps_chunk_tokens}: needs at least one token at a time")
-    if args.transformer_impl == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
-        raise ValueError("--transformer-impl transformer_engine: the package is not installed (requirements-gpu.txt)")
+    if not uses_torch_spec(args):
+        _check_transformer_engine(args)
     if args.fp16:
         raise ValueError("--fp16 is not supported: its loss scaler needs overflows that our checks stop at; use --bf16")
     if args.save_hf:
@@ -74,6 +74,13 @@ def check_arguments(args: argparse.Namespace) -> None:
     if not args.skip_train:
         _check_schedule(args)
     given_losses(args)
+
+
+def _check_transformer_engine(args: argparse.Namespace) -> None:
+    if not args.allow_untested:
+        raise ValueError("--transformer-impl transformer_engine: no test has run these layers; --allow-untested goes on")
+    if importlib.util.find_spec("transformer_engine") is None:
+        raise ValueError("--transformer-impl transformer_engine: the package is not installed (requirements-gpu.txt)")
 
 
 def _check_sharing(args: argparse.Namespace) -> None:

@@ -21,6 +21,11 @@ _PP2 = ("--pipeline-model-parallel-size", 2)
 _CP2 = ("--context-parallel-size", 2)
 _FULL = ("--recompute-granularity", "full")
 _DO = ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
+_BF16 = ("--bf16", "--allow-reference-mismatch")
+_ALL = (
+    *_TP2, "--sequence-parallel", *_PP2, "--num-virtual-stages-per-pipeline-rank", 2, *_DO, *_FULL, "--recompute-method", "uniform",
+    "--recompute-num-layers", 1, "--pad-micro-batches", "--max-tokens-per-micro-batch", 300,
+)  # fmt: skip
 LAYOUTS: dict[str, tuple[int, tuple[object, ...]]] = {  # name -> (processes, flags)
     "one": (1, ()),
     "small micro-batches": (1, ("--max-tokens-per-micro-batch", 90)),
@@ -49,7 +54,12 @@ LAYOUTS: dict[str, tuple[int, tuple[object, ...]]] = {  # name -> (processes, fl
     ),
     "attention recompute": (1, ("--recompute-granularity", "selective", "--recompute-modules", "core_attn")),
     "mlp recompute cp2": (2, (*_CP2, "--recompute-granularity", "selective", "--recompute-modules", "mlp")),
-    "bf16": (1, ("--bf16", "--allow-reference-mismatch")),
+    "everything cp2": (8, (*_ALL, *_CP2)),
+    "everything dp2": (8, _ALL),
+    "everything share-prompt dp2": (8, (*_ALL, "--share-prompt")),
+    "everything bf16 cp2": (8, (*_ALL, *_CP2, *_BF16)),
+    "everything bf16 share-prompt dp2": (8, (*_ALL, "--share-prompt", *_BF16)),
+    "bf16": (1, _BF16),
     "small chunks": (1, ("--logps-chunk-tokens", 7)),
     "tp2-sp small chunks": (2, (*_TP2, "--sequence-parallel", "--logps-chunk-tokens", 7)),
     "dp2-do small chunks": (2, (*_DO, "--logps-chunk-tokens", 7)),
@@ -146,6 +156,7 @@ class Bench:
     models: dict[str, Path] = field(default_factory=dict)
     pairs: Path = Path()
     sft: Path = Path()
+    text: Path = Path()
     _runs: dict[tuple, Path] = field(default_factory=dict)
 
     @classmethod
@@ -155,6 +166,7 @@ class Bench:
         bench = cls(root, {name: make_model(root / name, tied=tied, seed=seed) for name, (tied, seed) in models.items()})
         bench.pairs = make_store(root / "data/pairs", "pairs")
         bench.sft = make_store(root / "data/sft", "sft", seed=1)
+        bench.text = make_store(root / "data/text", "text", longest=30, seed=3, shortest=2)
         return bench
 
     def folder(self, hint: str) -> Path:

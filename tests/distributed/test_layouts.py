@@ -24,28 +24,31 @@ QUICK = {
     "lpo-ste": ("tp2-sp", "pp2", "dp2-do", "small micro-batches"),
     "finetune": ("tp2-sp", "vpp2", "dp2-do"),
 }
+CONTEXT = ("cp2", "cp2-do", "cp2-dp2 small micro-batches", "tp2-cp2-sp", "cp2-pp2")
+ONCE = (
+    "small chunks", "tp2-sp small chunks", "dp2-do small chunks", "pp2 fixed rows", "tp2-pp2-sp fixed rows", "full recompute",
+    "full recompute tp2-pp2-sp", "attention recompute", "mlp recompute cp2", "share-prompt", "share-prompt small micro-batches",
+    "share-prompt tp2-sp", "share-prompt pp2", "share-prompt dp2-do", "everything cp2", "everything share-prompt dp2",
+)  # fmt: skip
+ALSO_QUICK = ("tp2-sp small chunks", "pp2 fixed rows", "full recompute", "share-prompt", "share-prompt tp2-sp")
+IN_FULL = [("finetune", "everything cp2"), ("finetune", "everything dp2"), ("pretrain", "everything cp2"), ("pretrain", "everything dp2")]
+TIERS = {
+    **{(mode, layout): "quick" if layout in quick else "ci" for mode, quick in QUICK.items() for layout in OTHERS},
+    **{(mode, layout): "ci" for mode in QUICK for layout in CONTEXT},
+    **{("sigmoid", layout): "quick" if layout in ALSO_QUICK else "ci" for layout in ONCE},
+    **dict.fromkeys(IN_FULL, "full"),
+    ("sigmoid", "cp2"): "quick",
+    ("lpo-ste", "tp2-cp2-sp"): "quick",
+}
 CASES = [
-    pytest.param(mode, layout, marks=[] if layout in quick else [pytest.mark.ci], id=f"{mode}-{layout.replace(' ', '-')}")
-    for mode, quick in QUICK.items()
-    for layout in OTHERS
+    pytest.param(mode, layout, marks=[] if tier == "quick" else [getattr(pytest.mark, tier)], id=f"{mode}-{layout.replace(' ', '-')}")
+    for (mode, layout), tier in TIERS.items()
 ]
-CASES += [
-    pytest.param(mode, layout, marks=[] if (mode, layout) in (("sigmoid", "cp2"), ("lpo-ste", "tp2-cp2-sp")) else [pytest.mark.ci])
-    for mode in QUICK
-    for layout in ("cp2", "cp2-do", "cp2-dp2 small micro-batches", "tp2-cp2-sp", "cp2-pp2")
-]
-CASES += [
-    pytest.param("sigmoid", layout, marks=[] if layout == "full recompute" else [pytest.mark.ci], id=layout.replace(" ", "-"))
-    for layout in ("full recompute", "full recompute tp2-pp2-sp", "attention recompute", "mlp recompute cp2")
-]
-CASES += [
-    pytest.param("sigmoid", layout, marks=[] if layout.endswith(("prompt", "tp2-sp")) else [pytest.mark.ci], id=layout.replace(" ", "-"))
-    for layout in ("share-prompt", "share-prompt small micro-batches", "share-prompt tp2-sp", "share-prompt pp2", "share-prompt dp2-do")
-]
-CASES += [
-    pytest.param("sigmoid", layout, marks=[] if layout.startswith(("tp2-sp", "pp2")) else [pytest.mark.ci], id=layout.replace(" ", "-"))
-    for layout in ("small chunks", "tp2-sp small chunks", "dp2-do small chunks", "pp2 fixed rows", "tp2-pp2-sp fixed rows")
-]
+# bfloat16 with float32 main gradients, compared with float32.
+ROUNDED = {
+    ("sigmoid", "bf16"): "ci", ("sigmoid", "everything bf16 cp2"): "full", ("sigmoid", "everything bf16 share-prompt dp2"): "full",
+    ("finetune", "everything bf16 cp2"): "full", ("pretrain", "everything bf16 cp2"): "full",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -56,8 +59,8 @@ def off_tie(bench: Bench) -> Path:
 
 def trained(bench: Bench, off_tie: Path, mode: str, layout: str) -> list[dict[str, float]]:
     """Metrics of ten steps."""
-    if mode == "finetune":
-        save = bench.train(layout, bench.sft, "--train-mode", "finetune")
+    if mode in ("finetune", "pretrain"):
+        save = bench.train(layout, bench.sft if mode == "finetune" else bench.text, "--train-mode", mode)
     elif mode == "lpo-ste":
         save = bench.train(layout, off_tie, "--loss-type", mode, *OFF_TIE)
     else:
@@ -85,12 +88,13 @@ def test_ten_steps_equal_one_process(
     assert max(difference.values()) <= TOLERANCE, difference
 
 
-@pytest.mark.ci
+@pytest.mark.parametrize(
+    ("mode", "layout"), [pytest.param(*case, marks=getattr(pytest.mark, tier), id="-".join(case)) for case, tier in ROUNDED.items()]
+)
 def test_bfloat16_is_float32_within_its_precision(
-    bench: Bench, off_tie: Path, record_property: Callable[[str, object], None]
+    bench: Bench, off_tie: Path, mode: str, layout: str, record_property: Callable[[str, object], None]
 ) -> None:
-    """bfloat16 with float32 main gradients."""
-    judge, rows = trained(bench, off_tie, "sigmoid", "one"), trained(bench, off_tie, "sigmoid", "bf16")
+    judge, rows = trained(bench, off_tie, mode, "one"), trained(bench, off_tie, mode, layout)
     difference = {name: worst(rows, judge, name) for name in ("loss", "grad_norm")}
     record_property("worst", difference)
     assert 1e-6 < difference["loss"] < 0.01 and difference["grad_norm"] < 0.05, difference

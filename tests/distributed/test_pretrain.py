@@ -3,20 +3,12 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-import harness
 import pytest
 import torch
-from materials import Bench, make_store
 
 from megatron_patch.data.pair_store import PairStore
-
-TEXTS = 12
-
-
-@pytest.fixture(scope="module")
-def text(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Texts of 2 to 30 random tokens: a text of one token predicts nothing."""
-    return make_store(tmp_path_factory.mktemp("text") / "text", "text", count=TEXTS, longest=30, seed=3, shortest=2)
+from tests.distributed import harness
+from tests.distributed.materials import PAIRS, Bench
 
 
 def losses(model: Path, store: PairStore) -> Iterator[tuple[float, int]]:
@@ -31,10 +23,10 @@ def losses(model: Path, store: PairStore) -> Iterator[tuple[float, int]]:
 
 
 @pytest.mark.parametrize("layout", ["dp2", *(pytest.param(each, marks=pytest.mark.ci) for each in ("tp2-pp2-sp", "vpp2", "tp2-cp2-sp"))])
-def test_first_loss_is_transformers_and_ranks_agree(bench: Bench, text: Path, layout: str) -> None:
-    flags = ("--train-mode", "pretrain", "--global-batch-size", TEXTS, "--train-iters", 3)
-    one, two = (harness.metrics(bench.train(each, text, *flags)) for each in ("one", layout))
-    sums, counts = zip(*losses(bench.models["tied"], PairStore(text)), strict=True)
+def test_first_loss_is_transformers_and_ranks_agree(bench: Bench, layout: str) -> None:
+    flags = ("--train-mode", "pretrain", "--global-batch-size", PAIRS, "--train-iters", 3)
+    one, two = (harness.metrics(bench.train(each, bench.text, *flags)) for each in ("one", layout))
+    sums, counts = zip(*losses(bench.models["tied"], PairStore(bench.text)), strict=True)
     assert one[0]["loss"] == pytest.approx(sum(sums) / sum(counts), rel=1e-5)
     assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-5)
     assert one[-1]["loss"] < one[0]["loss"]

@@ -29,7 +29,7 @@ FROZEN = {
     "label_smoothing": None, "margin": None, "upper_margin": None, "sft_weight": None, "dpop_lambda": None,
     "alpha": None, "discopop_tau": None, "desirable_weight": None, "undesirable_weight": None, "statistics_decay": None, "anchor": None,
     "anchor_weight": None, "anchor_slack": None, "anchor_power": None, "anchor_value": None, "is_average": None, "add_sft_loss": None,
-    "parity_check": True, "allow_reference_mismatch": False, "check": False,
+    "parity_check": True, "allow_reference_mismatch": False, "allow_untested": False, "check": False,
 }  # fmt: skip
 
 
