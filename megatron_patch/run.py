@@ -34,6 +34,7 @@ from megatron_patch.errors import AgreedError
 from megatron_patch.evaluation import parity
 from megatron_patch.forward_step import ForwardStep, Objective, checked_finetune, checked_preference
 from megatron_patch.model.layer_specs import qwen2_block_spec
+from megatron_patch.model.packed_attention import kernel_name
 from megatron_patch.model.packed_rotary import PackedRotary
 from megatron_patch.model.qwen2 import read_qwen2_config
 from megatron_patch.objectives import finetune, preference, pretrain
@@ -122,7 +123,8 @@ def announce(args: argparse.Namespace, mode: str, device: str) -> None:
     if args.rank == 0:
         layout = f"TP {args.tensor_model_parallel_size} x PP {args.pipeline_model_parallel_size} x CP {args.context_parallel_size} "
         layout += f"x DP {args.data_parallel_size}"
-        loop_hooks.print_line(f"[{mode}] device: {device}, {args.world_size} processes, {layout}, {precision(args)}")
+        kernel = kernel_name(device, precision(args)) if uses_torch_spec(args) else "Transformer Engine"
+        loop_hooks.print_line(f"[{mode}] device: {device}, {args.world_size} processes, {layout}, {precision(args)}, attention: {kernel}")
 
 
 def precision(args: argparse.Namespace) -> torch.dtype:

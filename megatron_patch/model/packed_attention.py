@@ -207,6 +207,12 @@ def has_varlen_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and find_spec("torch.nn.attention.varlen") is not None
 
 
+def kernel_name(device: str, dtype: torch.dtype) -> str:
+    """What computes attention there, for people."""
+    varlen = has_varlen_kernel(torch.device(device), dtype)
+    return "torch.nn.attention.varlen" if varlen else "scaled_dot_product_attention by length"
+
+
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scale: float) -> Tensor:
     """Attention of each block of a packed row to the keys it sees.
 

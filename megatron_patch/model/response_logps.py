@@ -119,7 +119,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
 def _add_outer(total: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype) -> None:
     """total [V, H] += left [C, V]^T right [C, H], all float32; on a GPU from factors of the model's dtype."""
     if total.is_cuda and dtype != torch.float32:
-        total += torch.mm(left.to(dtype).t(), right, out_dtype=torch.float32)  # type: ignore[call-overload]
+        torch.addmm(total, left.to(dtype).t(), right, out_dtype=torch.float32, out=total)  # type: ignore[call-overload]
     else:
         total.addmm_(left.t(), right.float())
 

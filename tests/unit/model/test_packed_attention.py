@@ -174,6 +174,8 @@ def test_the_kernel_without_padding_is_for_half_precision_on_a_gpu():
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
     assert has_varlen_kernel(gpu, torch.bfloat16)
     assert not has_varlen_kernel(gpu, torch.float32) and not has_varlen_kernel(cpu, torch.bfloat16)
+    names = [packed_attention.kernel_name(*where) for where in (("cuda", torch.bfloat16), ("cuda", torch.float32), ("cpu", torch.bfloat16))]
+    assert names == ["torch.nn.attention.varlen", *["scaled_dot_product_attention by length"] * 2]
 
 
 def test_the_kernel_without_padding_gets_the_blocks_as_it_counts_them(monkeypatch):
