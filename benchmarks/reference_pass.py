@@ -8,6 +8,7 @@ turns; medians.
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -39,7 +40,7 @@ def seconds_of_blocks(folder: Path, case: Case) -> list[float]:
             if " pairs | " in line:
                 times.append(time.perf_counter())
     assert process.returncode == 0
-    return [after - before for before, after in zip(times, times[1:], strict=False)]
+    return [after - before for before, after in itertools.pairwise(times)]
 
 
 def measure(folder: Path, case: Case, steps: int, repetitions: int) -> dict[str, Any]:
