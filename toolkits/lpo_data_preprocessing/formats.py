@@ -4,13 +4,14 @@ A row is the fields that give the format away and the function that converts. Th
 those with more telling fields come first. A prompt is a list of messages {"role", "content"}; what a message has beside these goes on with
 it. Where a format says nothing better, a text is taken as it is, spaces included: a prompt that TRL would train on is the same here.
 
-What a row consumes is gone afterwards; every other field of a record passes through the stage. A null is as good as a missing field,
-because a parquet file has every column in every row.
+What a row consumes is gone afterwards; every other field of a record passes through the stage, but for a prompt or an answer that no row
+would use: that is an error (`check_nothing_lost`). A null is as good as a missing field, because a parquet file has every column in
+every row.
 """
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from toolkits.lpo_data_preprocessing.dialogues import lpo_conversation
@@ -32,6 +33,13 @@ Conversation = tuple[list[Message], list[int]]
 """(messages, indices of those assistant turns that are answers to learn, at least one, ascending)"""
 
 
+PROMPTS = frozenset(
+    "prompt instruction instructions question query problem input inputs context system system_prompt history message messages "
+    "conversation conversations dialog dialoge dialogue user human".split()
+)
+"""Fields that hold a prompt or a part of one, whatever their letters' case."""
+
+
 @dataclass(frozen=True)
 class Format:
     """One input shape: a pair of answers (`convert`) or one conversation (`converse`)."""
@@ -47,16 +55,23 @@ class Format:
     """Optional fields that are part of the format too."""
     looks: Callable[[Record], bool] = lambda record: True
     """What else gives it away."""
+    lone: bool = False
+    """Whether a field that looks like a prompt, beside its own, speaks against it."""
 
     @property
     def names(self) -> set[str]:
-        """Every field that the format consumes."""
-        return {name for names in self.fields for name in names.split("|")} | set(self.consumes)
+        """Every field that the format consumes; a conversation may have rejected answers to its last turn."""
+        optional = {*self.consumes, "rejected"} if self.converse else set(self.consumes)
+        return {name for names in self.fields for name in names.split("|")} | optional
 
     def matches(self, record: Record) -> bool:
         """Whether a record has this format's fields."""
         present = all(any(isinstance(record.get(n), kind) for n in names.split("|")) for names, kind in self.fields.items())
-        return present and self.looks(record)
+        return present and self.looks(record) and not self.other_prompt(record)
+
+    def other_prompt(self, record: Record) -> str | None:
+        """A field that speaks against this format."""
+        return next((name for name in record if self.lone and name.lower() in PROMPTS - self.names and record[name]), None)
 
     def examples(self, record: Record, where: str, every_turn: bool) -> list[Example]:
         """The record's example, or with `every_turn` one for each answer to a user's or a tool's turn."""
@@ -65,7 +80,8 @@ class Format:
         assert self.converse is not None
         messages, (*earlier, last) = self.converse(record, where)
         replies = [i for i in earlier if messages[i - 1]["role"] in ("user", "tool")] if every_turn else []
-        return [Example(messages[:i], messages[i]["content"]) for i in (*replies, last)]
+        before = [Example(messages[:i], messages[i]["content"]) for i in replies]
+        return [*before, Example(messages[:last], messages[last]["content"], _given(record, where))]
 
 
 def _user(text: str) -> list[Message]:
@@ -82,6 +98,11 @@ def _messages(record: Record, name: str, where: str) -> list[Message]:
 def _texts(record: Record, name: str, where: str) -> list[str]:
     """A field that is one text or several."""
     return [record[name]] if isinstance(record.get(name), str) else get_texts(record, name, where)
+
+
+def _given(record: Record, where: str) -> list[str]:
+    """The rejected answers of a format that need not have any."""
+    return _texts(record, "rejected", where) if "rejected" in record else []
 
 
 def _reply(messages: list[Message], name: str, where: str) -> str:
@@ -119,8 +140,7 @@ def _from_conversational(record: Record, where: str) -> Example:
 
 
 def _from_records(record: Record, where: str) -> Example:
-    rejected = _texts(record, "rejected", where) if "rejected" in record else []
-    return Example(_messages(record, "prompt", where), get_field(record, "chosen", str, where), rejected)
+    return Example(_messages(record, "prompt", where), get_field(record, "chosen", str, where), _given(record, where))
 
 
 def _from_implicit_texts(record: Record, where: str) -> Example:
@@ -220,7 +240,7 @@ def _converse_sharegpt(record: Record, where: str) -> Conversation:
     return _whole(check_messages(_system(record, where) + messages, where), where)
 
 
-def _converse_alpaca(record: Record, where: str) -> Conversation:
+def _alpaca_prompt(record: Record, where: str) -> list[Message]:
     """Instruction and input make the question, a line each; "history" holds earlier [question, answer] pairs."""
     messages = _system(record, where)
     for turn in get_field(record, "history", list, where) if "history" in record else []:
@@ -229,17 +249,39 @@ def _converse_alpaca(record: Record, where: str) -> Conversation:
         messages += [*_user(turn[0]), {"role": "assistant", "content": turn[1]}]
     question = get_field(record, "instruction", str, where)
     given = get_field(record, "input", str, where) if "input" in record else ""
-    question = f"{question}\n{given}" if question and given else question + given
-    return _whole([*messages, *_user(question), {"role": "assistant", "content": get_field(record, "output", str, where)}], where)
+    return messages + _user(f"{question}\n{given}" if question and given else question + given)
+
+
+def _converse_alpaca(record: Record, where: str) -> Conversation:
+    return _whole([*_alpaca_prompt(record, where), {"role": "assistant", "content": get_field(record, "output", str, where)}], where)
+
+
+def _from_alpaca_preference(record: Record, where: str) -> Example:
+    return Example(_alpaca_prompt(record, where), get_field(record, "chosen", str, where), _texts(record, "rejected", where))
 
 
 def _from_question(record: Record, where: str) -> Example:
-    return Example(_user(get_field(record, "question", str, where)), get_field(record, "answer", str, where))
+    return Example(_user(get_field(record, "question", str, where)), get_field(record, "answer", str, where), _given(record, where))
+
+
+_QUESTIONS = ("question", "query", "problem", "input")
+
+
+def _from_question_preference(record: Record, where: str) -> Example:
+    """A question under one of several names, and a system's turn before it, as in Orca's pairs."""
+    names = [name for name in _QUESTIONS if name in record]
+    if len(names) != 1:
+        raise ValueError(f"{where}: one field must hold the question ({', '.join(_QUESTIONS)}), got {', '.join(names) or 'none'}")
+    prompt = _system(record, where) + _user(get_field(record, names[0], str, where))
+    return Example(prompt, get_field(record, "chosen", str, where), _texts(record, "rejected", where))
 
 
 _NUMBER = (int, float)
 FORMATS = (
-    Format("step_dpo", {"prompt": str, "initial_reason_steps": str, "full_chosen": str, "full_rejected": str}, _from_step_dpo),
+    Format(
+        "step_dpo", {"prompt": str, "initial_reason_steps": str, "full_chosen": str, "full_rejected": str}, _from_step_dpo,
+        consumes=("chosen", "rejected"),  # the single steps
+    ),
     Format(
         "ultrafeedback", {"prompt": str, "chosen": list, "rejected": list, "score_chosen": _NUMBER, "score_rejected": _NUMBER},
         _from_ultrafeedback, consumes=("messages",),  # the chosen conversation once more
@@ -247,9 +289,17 @@ FORMATS = (
     Format("infinity_preference", {"prompt": str, "chosen": list, "rejected": list}, _from_implicit_messages),
     Format("standard", {"prompt": str, "chosen": str, "rejected": (str, list)}, _from_standard),
     Format("conversational", {"prompt": list, "chosen": list, "rejected": list}, _from_conversational),
-    Format("records", {"prompt": list, "chosen": str}, _from_records),
+    Format("records", {"prompt": list, "chosen": str}, _from_records, consumes=("rejected",)),
     Format("hh_rlhf", {"chosen": str, "rejected": str}, _from_hh, looks=_is_transcript),
-    Format("standard_implicit", {"chosen": str, "rejected": str}, _from_implicit_texts),
+    Format(
+        "alpaca_preference", {"instruction": str, "chosen": str, "rejected": (str, list)},
+        _from_alpaca_preference, consumes=("input", "history", "system"), lone=True,
+    ),
+    Format(
+        "question_preference", {"|".join(_QUESTIONS): str, "chosen": str, "rejected": (str, list)},
+        _from_question_preference, consumes=("system",), lone=True,
+    ),
+    Format("standard_implicit", {"chosen": str, "rejected": str}, _from_implicit_texts, lone=True),
     Format("conversational_implicit", {"chosen": list, "rejected": list}, _from_implicit_messages),
     Format("ms_swift", {"messages": list, "rejected_response": (str, list)}, _from_ms_swift),
     Format("ms_swift_messages", {"messages": list, "rejected_messages": list}, _from_ms_swift_messages),
@@ -257,7 +307,7 @@ FORMATS = (
     Format("sharegpt", {"conversations": list}, converse=_converse_sharegpt, consumes=("system",)),
     Format("messages", {"messages": list}, converse=_converse_messages),
     Format("alpaca", {"instruction": str, "output": str}, converse=_converse_alpaca, consumes=("input", "history", "system")),
-    Format("question_answer", {"question": str, "answer": str}, _from_question),
+    Format("question_answer", {"question": str, "answer": str}, _from_question, consumes=("rejected",)),
 )  # fmt: skip
 BY_NAME = {format_.name: format_ for format_ in FORMATS}
 
@@ -267,5 +317,34 @@ def detect_format(record: Record, where: str) -> Format:
     for format_ in FORMATS:
         if format_.matches(record):
             return format_
+    for format_ in FORMATS:
+        if demanded(format_.name).matches(record):
+            check_alone(format_, record, where)
     known = "; ".join(f"{format_.name}: {', '.join(format_.fields)}" for format_ in FORMATS)
     raise ValueError(f"{where}: format not recognised from fields {', '.join(record) or '(none)'} (known formats: {known})")
+
+
+def demanded(name: str) -> Format:
+    """The row of a format that the user names: what else a record looks like does not count."""
+    return replace(BY_NAME[name], lone=False)
+
+
+def check_alone(format_: Format, record: Record, where: str) -> None:
+    """ValueError for a field that looks like a prompt where the format has its prompt from elsewhere."""
+    if name := format_.other_prompt(record):
+        raise ValueError(
+            f"{where}: field {name!r} looks like a prompt, but format {format_.name} does not use it (call it 'prompt' if it is the whole "
+            f"prompt; --format {format_.name} passes it on as it is)"
+        )
+
+
+def check_nothing_lost(format_: Format, record: Record, example: Example, where: str) -> None:
+    """ValueError for a prompt or an answer that the format does not use: unlike other fields, these cannot pass through.
+
+    A text that the example has anyway is no loss: in UltraChat the "prompt" is the first of the messages.
+    """
+    said = {"prompt": [message["content"].strip() for message in example.prompt], "chosen": [example.chosen.strip()], "rejected": []}
+    for name, texts in said.items():
+        value = None if name in format_.names else record.get(name)
+        if value and not (isinstance(value, str) and value.strip() in texts):
+            raise ValueError(f"{where}: field {name!r} is not part of format {format_.name} and would be lost; rename or remove it")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkits.lpo_data_preprocessing.finished import Ingredients, make_once
-from toolkits.lpo_data_preprocessing.formats import BY_NAME, Example, Format, detect_format
+from toolkits.lpo_data_preprocessing.formats import BY_NAME, Example, Format, check_alone, check_nothing_lost, demanded, detect_format
 from toolkits.lpo_data_preprocessing.records import (
     Record,
     StageParser,
@@ -34,7 +34,10 @@ from toolkits.lpo_data_preprocessing.sources import MAX_ARRAY_BYTES, as_record, 
 def normalise_record(raw: Record, format_: Format, where: str, every_turn: bool = False) -> list[Record]:
     """One record of any format in the common shape, several with `every_turn`; ValueError naming `where`."""
     record = {name: value for name, value in raw.items() if value is not None}
-    return [_finished(record, example, format_, where) for example in format_.examples(record, where, every_turn)]
+    check_alone(format_, record, where)
+    examples = format_.examples(record, where, every_turn)
+    check_nothing_lost(format_, record, examples[-1], where)
+    return [_finished(record, example, format_, where) for example in examples]
 
 
 def _finished(record: Record, example: Example, format_: Format, where: str) -> Record:
@@ -73,7 +76,7 @@ class Normaliser:
 
     def records(self, path: Path) -> Iterator[Record]:
         """The records of a file that are kept."""
-        format_ = self._checked(BY_NAME[self.args.format]) if self.args.format else None
+        format_ = self._checked(demanded(self.args.format)) if self.args.format else None
         for where, item in progress(read_items(path), what=f"normalise {path.name}", unit="record"):
             raw = self._try("not_a_record", as_record, item, where)
             if raw is None:

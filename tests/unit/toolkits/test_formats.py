@@ -48,7 +48,7 @@ def test_golden(tmp_path, capsys, name):
 def test_golden_files_have_turns_and_letters(name):
     records = read_jsonl(GOLDEN / f"{name}.records.jsonl")
     assert any(ord(letter) > 127 for letter in json.dumps(records, ensure_ascii=False))
-    one_turn_only = {"standard", "standard_implicit", "step_dpo", "question_answer"}
+    one_turn_only = {"standard", "standard_implicit", "step_dpo", "question_answer", "question_preference"}
     assert name in one_turn_only or any(len(record["prompt"]) > 2 for record in records)
 
 
@@ -111,6 +111,24 @@ def test_shared_length_is_trls(one, other):
 
 def test_nothing_is_shared():
     assert shared_length("a", "b") == shared_length("", "b") == shared_length(" a", "b ") == 0
+
+
+PAIR = {"chosen": "The capital is Paris.", "rejected": "The capital is Rome."}
+
+
+@pytest.mark.parametrize("field", ["system", "context", "Question", "Prompt", "inputs", "conversation", "user"])
+def test_no_prompt_is_made_up_beside_one(tmp_path, fails, field):
+    """Two texts that begin alike have a prompt in common only where there is none elsewhere; who knows better says so."""
+    path = write_jsonl(tmp_path / "in.jsonl", [PAIR | {field: "What is the capital of France?"}])
+    message = fails(main, "--input", path, "--output", tmp_path / "out.jsonl")
+    assert f"in.jsonl:1: field '{field}' looks like a prompt" in message and "--format standard_implicit" in message
+    (row,) = normalised(tmp_path, path, "--format", "standard_implicit")
+    assert row["prompt"][0]["content"] == "The capital is" and row[field] == "What is the capital of France?"
+
+
+def test_a_later_record_with_a_prompt(tmp_path, fails):
+    path = write_jsonl(tmp_path / "in.jsonl", [PAIR, PAIR | {"question": None}, PAIR | {"question": "What?"}])
+    assert "in.jsonl:3: field 'question' looks like a prompt" in fails(main, "--input", path, "--output", tmp_path / "out.jsonl")
 
 
 def test_nulls_are_missing_fields(tmp_path):
