@@ -3,7 +3,6 @@
 import json
 import math
 import random
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +14,7 @@ import torch
 
 from megatron_patch.data.pair_store import PairStore
 from tests.distributed import harness
-from toolkits.lpo_data_preprocessing import build_pairs, extend_vocab, normalise
+from toolkits.lpo_data_preprocessing import build_pairs, candidates, extend_vocab, normalise, select
 
 pytestmark = pytest.mark.ci
 ROOT = Path(__file__).parents[2]
@@ -40,14 +39,6 @@ def dialogue(rng: random.Random, number: int) -> dict:
 def stage(main: Callable[[list[str]], int], *argv: object) -> None:
     """A stage that must succeed."""
     assert main([str(a) for a in argv]) == 0
-
-
-def with_rejected(records: Path, pairs: Path) -> None:
-    """Every record with a wrong answer: its first code comes last, twice."""
-    token = r"<\|g0r0_\d+\|>"
-    wrong = re.compile(f"({token})((?:{token})*)")
-    rows = [json.loads(line) for line in records.read_text().splitlines()]
-    pairs.write_text("".join(json.dumps(row | {"rejected": [wrong.sub(r"\2\1\1", row["chosen"])]}) + "\n" for row in rows))
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +82,12 @@ def test_from_dialogues_to_an_aligned_checkpoint(base: Path) -> None:
     assert sft[-1]["loss"] < sft[0]["loss"]
 
     tuned = base / "tuned/hf"
-    with_rejected(base / "records.jsonl", base / "pairs.jsonl")
+    sampling = ("--model", tuned, "-n", 2, "--max-new-tokens", 12, "--device", "cpu")
+    stage(candidates.main, "--input", base / "records.jsonl", "--output", base / "candidates.jsonl", *sampling)
+    stage(select.main, "--input", base / "candidates.jsonl", "--output", base / "pairs.jsonl")
     stage(build_pairs.main, "--input", base / "pairs.jsonl", "--output", base / "pairs", "--tokenizer", tuned)
+    pairs = PairStore(base / "pairs")
+    assert sum(bool((rejected >= first).any()) for _, _, rejected in pairs) > len(pairs) / 2  # what was sampled is mostly speech
     flags = ["--hf-path", tuned, "--pair-data", base / "pairs"]
     reference = harness.launch(1, harness.REFERENCE, [*flags, "--seq-length", 128], base / "reference.log")
     assert reference.ok, reference.output[-4000:]

@@ -9,21 +9,25 @@ The unit of work is a block of 64 consecutive input records, generated as one ba
 With --shard i/n a process makes every n-th block and stops there; all shards write to the one folder, so an interrupted job may go on
 with another number of them. --merge puts the output together and refuses while a block is missing. Without either one process does both.
 
-A candidate is {"text", "finish_reason"}: "stop" if the model ended its turn, "length" if it was cut. Nothing is appended to a cut answer.
+A candidate is {"text", "finish_reason"}: "stop" if the model ended its turn, "length" if it was cut; a server may say something else
+(content_filter...), and then `select` leaves it out. Nothing is appended to a cut answer. Where the tokenizer is known, a candidate that
+spells out a token which it calls special has that token as "control_token". A prompt without room for it is dropped and counted, whoever
+notices: this stage by --max-prompt-length, or the server.
 """
 
 import argparse
 import os
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_patch.data.atomic_files import read_json, sha256_file, write_json
 from megatron_patch.evaluation.generate import PerRowSampler
-from toolkits.lpo_data_preprocessing.engines import ENGINES, Engine, Request, check_engine
+from toolkits.lpo_data_preprocessing.engines import ENGINES, Answer, Engine, Request, check_engine
 from toolkits.lpo_data_preprocessing.finished import Finished, compare_plans
 from toolkits.lpo_data_preprocessing.records import (
     Record,
@@ -41,6 +45,7 @@ from toolkits.lpo_data_preprocessing.records import (
 from toolkits.lpo_data_preprocessing.tokenise import ChatTokenizer
 
 BLOCK = 64
+_SHOWN = 3
 # A process's place among its fellows: of a SLURM step, of torchrun.
 _PLACES = (("SLURM_PROCID", "SLURM_NTASKS"), ("RANK", "WORLD_SIZE"))
 _PLAN_OPTIONS = ("engine", "n", "temperature", "top_p", "max_new_tokens", "max_prompt_length", "seed", "dtype", "response_end")
@@ -70,21 +75,52 @@ class Blocks:
         recorded = read_json(path, "the plan of the finished blocks")
         compare_plans(plan, recorded, f"{self.folder}: holds blocks")
 
-    def merge(self, output: str | Path, tally: Tally, max_drop_fraction: float) -> int:
-        """Put the finished blocks together in input order; returns the number of candidates that were cut at the length limit."""
-        cut = 0
+    def merge(self, output: str | Path, tally: Tally, max_drop_fraction: float) -> "Merged":
+        """Put the finished blocks together in input order."""
+        merged = Merged()
         with jsonl_writer(output) as write:
             for index in range(self.count):
                 for _, record in read_records(self.path(index)):
                     tally.read += 1
                     if "candidates" in record:
                         tally.kept += 1
-                        cut += sum(candidate["finish_reason"] == "length" for candidate in record["candidates"])
+                        merged.ends.update(candidate["finish_reason"] for candidate in record["candidates"])
                         write(record)
                     else:
                         tally.drop("prompt_too_long")
-            tally.check(max_drop_fraction)
-        return cut
+                        merged.drop(record)
+            try:
+                tally.check(max_drop_fraction)
+            except ValueError as error:
+                raise ValueError(f"{error}{merged.first_too_long()}") from None
+        return merged
+
+
+@dataclass
+class Merged:
+    """What is told about the output beside the counts of records."""
+
+    ends: Counter[str] = field(default_factory=Counter)
+    """Candidates by finish reason."""
+    too_long: list[str] = field(default_factory=list)
+    """The first few ids of the prompts dropped, with what is known of their length."""
+
+    def drop(self, record: Record) -> None:
+        """Remember a record whose prompt is too long."""
+        if len(self.too_long) < _SHOWN:
+            self.too_long.append(f"{record['id']} ({record['refused']})")
+
+    def first_too_long(self) -> str:
+        """A line with the prompts dropped, if there are any."""
+        return f"\n  first     prompt_too_long: {', '.join(self.too_long)}" if self.too_long else ""
+
+    def notes(self) -> str:
+        """The lines under the table."""
+        count = self.ends.total()
+        lines = [f"\n  samples   {count}, {self.ends['length'] / max(1, count):.1%} cut at the limit"]
+        odd = ((reason, n) for reason, n in self.ends.most_common() if reason not in ("stop", "length"))
+        lines += [f"\n  note      finish reason {reason!r}: {n} (select leaves such samples out)" for reason, n in odd]
+        return "".join(lines) + self.first_too_long()
 
 
 def model_fingerprint(folder: str | Path) -> str:
@@ -140,7 +176,7 @@ def _read_input(path: str) -> list[Record]:
 def make_block(
     records: Sequence[Record], tokenizer: ChatTokenizer | None, engine: Engine, n: int, max_prompt_length: int
 ) -> Iterator[Record]:
-    """The records of one block with "candidates"; a record whose prompt is too long passes without them."""
+    """The records of one block with "candidates"; a record whose prompt is too long passes without them, and with "refused": why."""
     prompts = [tokenizer.prompt_ids(record["prompt"]) if tokenizer else [] for record in records]
     fits = [len(prompt) <= max_prompt_length for prompt in prompts]
     requests = [
@@ -150,9 +186,17 @@ def make_block(
         for sample in range(n)
     ]
     answers = iter(engine(requests))
-    for record, fit in zip(records, fits, strict=True):
+    for record, prompt, fit in zip(records, prompts, fits, strict=True):
         bare = {name: value for name, value in record.items() if name != "candidates"}
-        yield bare | {"candidates": [next(answers) for _ in range(n)]} if fit else bare
+        sampled = [next(answers) for _ in range(n)] if fit else [{"refused": f"{len(prompt)} tokens"}]
+        refused = next((answer["refused"] for answer in sampled if "refused" in answer), None)
+        yield bare | ({"refused": refused} if refused else {"candidates": [_marked(answer, tokenizer) for answer in sampled]})
+
+
+def _marked(answer: Answer, tokenizer: ChatTokenizer | None) -> Answer:
+    """The answer with the control token that it spells out, if it does."""
+    token = tokenizer.control_token(answer["text"]) if tokenizer else None
+    return answer | {"control_token": token} if token else answer
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -199,11 +243,11 @@ def _merge(args: argparse.Namespace, blocks: Blocks, finished: Finished, plan: d
         named = ", ".join(blocks.path(number).name for number in missing[:5])
         raise ValueError(f"{blocks.folder}: {len(missing)} of {blocks.count} blocks are missing ({named}): a shard has not finished")
     tally = Tally()
-    cut = blocks.merge(args.output, tally, args.max_drop_fraction)
+    merged = blocks.merge(args.output, tally, args.max_drop_fraction)
     summary = close_stage(tally, args.output)
     finished.record(plan)
     shutil.rmtree(blocks.folder)
-    return f"{summary}\n  samples   {tally.kept * args.n}, {cut / max(1, tally.kept * args.n):.1%} cut at the limit"
+    return summary + merged.notes()
 
 
 def _run(args: argparse.Namespace) -> str:
@@ -258,7 +302,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     local.add_argument("--engine-tensor-parallel", type=int, default=1, metavar="N", help="vllm: GPUs of one model (default %(default)s)")
     server = parser.add_argument_group("engine openai: any server of chat completions; its key, if it wants one, in $OPENAI_API_KEY")
     server.add_argument("--base-url", nargs="+", metavar="URL", help="of equal servers, for example http://localhost:8000/v1")
-    server.add_argument("--tokenizer", metavar="DIR", help="to leave out long prompts (default: the server refuses them)")
+    server.add_argument("--tokenizer", metavar="DIR", help="the model's, for --max-prompt-length and to know its control tokens")
     server.add_argument("--concurrency", type=int, default=64, metavar="N", help="requests at a time (default %(default)s)")
     server.add_argument("--retries", type=int, default=8, metavar="N", help="of one request, with growing waits (default %(default)s)")
     server.add_argument("--request-timeout", type=float, default=600.0, metavar="S", help="of one answer (default %(default)s)")

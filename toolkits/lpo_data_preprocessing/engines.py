@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import os
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,10 @@ from toolkits.lpo_data_preprocessing.records import Message
 from toolkits.lpo_data_preprocessing.tokenise import ChatTokenizer
 
 Answer = dict[str, str]
-"""{"text", "finish_reason"}: "stop" if the model ended its turn, "length" if it was cut; a server may have further reasons."""
+"""{"text", "finish_reason"}: "stop" if the model ended its turn, "length" if it was cut; a server may have further reasons.
+
+Or {"refused"}: why there is no room for the prompt in the server's model.
+"""
 
 
 @dataclass(frozen=True)
@@ -139,11 +143,13 @@ def openai_engine(args: argparse.Namespace, tokenizer: ChatTokenizer | None) -> 
 
     def sample(requests: Sequence[Request]) -> list[Answer]:
         bodies = [fixed | {"messages": r.messages, "seed": seed_of(args.seed, r.key), "stream": False} for r in requests]
-        return asyncio.run(client.ask_all(bodies))
+        return asyncio.run(client.ask_all(bodies, [r.key for r in requests]))
 
     return sample
 
 
+# How servers say that a prompt is too long: OpenAI and vLLM "maximum context length", SGLang "longer than the model's context length"...
+_NO_ROOM = re.compile(r"context.{0,3}(length|window|size)|(prompt|input)\b.{0,80}(too long|longer than|exceed)", re.IGNORECASE | re.DOTALL)
 # Too many requests, and what a server or a proxy before it says while it is overloaded, restarting or gone.
 _TRY_AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)
 _LONGEST_WAIT_S = 60.0
@@ -162,8 +168,8 @@ class ChatClient:
     first_wait_s: float = 0.5
     """Before the first retry; doubled every time, up to a minute, with jitter. A server's Retry-After is a lower bound."""
 
-    async def ask_all(self, bodies: Sequence[dict[str, Any]]) -> list[Answer]:
-        """One answer a body, in order.
+    async def ask_all(self, bodies: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[Answer]:
+        """One answer a body, in order; `keys` name them in errors.
 
         Raises:
             ValueError: a server refuses a request for good. OSError: no answer after all retries.
@@ -177,7 +183,11 @@ class ChatClient:
 
             async def ask(number: int, body: dict[str, Any]) -> Answer:
                 async with turn:
-                    return await self._ask(client, number, body)
+                    try:
+                        return await self._ask(client, number, body)
+                    except (ValueError, OSError) as error:
+                        kind = ValueError if isinstance(error, ValueError) else OSError
+                        raise kind(f"sample {keys[number]}: {error}; finished blocks are kept, the same command goes on") from None
 
             return list(await asyncio.gather(*(ask(number, body) for number, body in enumerate(bodies))))
 
@@ -191,7 +201,7 @@ class ChatClient:
             if attempt < self.retries:
                 backoff = min(_LONGEST_WAIT_S, self.first_wait_s * 2**attempt) * random.uniform(0.5, 1.0)
                 await asyncio.sleep(max(wait, backoff))
-        raise OSError(f"no answer after {self.retries + 1} attempts, the last: {failure}; finished blocks are kept")
+        raise OSError(f"no answer after {self.retries + 1} attempts, the last: {failure}")
 
     async def _try_once(self, client: Any, url: str, body: dict[str, Any]) -> tuple[Answer | None, str, float]:
         """(answer, or why there is none, seconds the server asks to wait)."""
@@ -204,7 +214,10 @@ class ChatClient:
         if response.status_code in _TRY_AGAIN:
             return None, f"{url}: HTTP {response.status_code}", _seconds(response.headers.get("Retry-After"))
         if response.status_code != 200:
-            raise ValueError(f"{url}: HTTP {response.status_code}: {' '.join(response.text.split())[:300]}")
+            said = f"HTTP {response.status_code}: {' '.join(response.text.split())[:300]}"
+            if response.status_code in (400, 413, 422) and _NO_ROOM.search(response.text):
+                return {"refused": said}, "", 0.0
+            raise ValueError(f"{url}: {said}")
         answer = _from_json(response)
         return answer, f"{url}: an answer without choices[0].message.content and finish_reason", 0.0
 

@@ -35,8 +35,8 @@ def samples_of(record: Record, kind: str, where: str, line: int = -1) -> Iterato
         yield Sample(id, prompt, [("chosen", chosen, True)], line=line)
         return
     rejected = get_texts(record, "rejected", where)
-    ended = _aligned(record, "rejected_ended", bool, len(rejected), where) or [True] * len(rejected)
-    scores = _aligned(record, "rejected_scores", (int, float), len(rejected), where)
+    ended = aligned(record, "rejected_ended", bool, len(rejected), where) or [True] * len(rejected)
+    scores = aligned(record, "rejected_scores", (int, float), len(rejected), where)
     scores = scores and [_number(score, "rejected_scores", where) for score in scores]
     for i, (text, end) in enumerate(zip(rejected, ended, strict=True)):
         pair_scores = (_number(get_field(record, "chosen_score", object, where), "chosen_score", where), scores[i]) if scores else None
@@ -50,7 +50,7 @@ def _number(value: Any, name: str, where: str) -> float:
     return value
 
 
-def _aligned(record: Record, name: str, kind: Any, length: int, where: str) -> list[Any] | None:
+def aligned(record: Record, name: str, kind: Any, length: int, where: str) -> list[Any] | None:
     """An optional list with one entry per rejected answer."""
     values = record.get(name)
     if values is None:

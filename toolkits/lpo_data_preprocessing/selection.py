@@ -7,8 +7,12 @@
     perturb       needs no samples: rejected answers are the chosen one with noise (perturb.py)
     scores        both sides are samples: the one with the best score against those with the worst
 
-Whatever the method, left out and counted are empty samples, those equal to the chosen text (nothing to prefer), repeats, and those that
-spell out a control token such as <|im_start|>: it stays text and would be tokenised in pieces, which is not what the model sampled.
+Whatever the method, left out and counted are empty samples, those equal to the chosen text (nothing to prefer), repeats, those that a
+server ended for a reason of its own (content_filter...), and those that spell out a control token such as <|im_start|>: it stays text and
+would be tokenised in pieces, which is not what the model sampled. Which tokens are control tokens the model's tokenizer says, so
+`candidates` marks such samples ("control_token"); ordinary added tokens, audio tokens say, are none. A server's samples come without
+marks where no tokenizer was known: in them the turn markers of Qwen's template are looked for.
+
 Texts are compared without the white space around them. Rejected answers that came with the data stay and come first, where the chosen
 answer stays too. A sample cut at the length limit can be rejected ("rejected_ended" says so, and build_pairs writes no end token), but
 never chosen.
@@ -25,8 +29,9 @@ from megatron_patch.evaluation.answers import same_answer
 from megatron_patch.evaluation.error_rates import is_closer_than
 from toolkits.lpo_data_preprocessing.perturb import RATIO, perturbed
 from toolkits.lpo_data_preprocessing.records import Record, Tally, get_field, get_texts
+from toolkits.lpo_data_preprocessing.samples import aligned
 
-CONTROL_TOKEN = re.compile(r"<\|[^|<>]+\|>")
+TURN_MARKER = re.compile(r"<\|(?:im_start|im_end|endoftext)\|>")
 
 
 @dataclass(frozen=True)
@@ -76,8 +81,8 @@ class Selection:
     def read_candidates(self) -> None:
         """Check the record's candidates and keep those that say what the model sampled."""
         for candidate in check_candidates(self.record, self.where):
-            if CONTROL_TOKEN.search(candidate["text"]):
-                self.tally.left_out["control_token"] += 1
+            if reason := why_unusable(candidate):
+                self.leave_out(reason, 1)
             else:
                 self.candidates.append(candidate)
 
@@ -86,8 +91,10 @@ class Selection:
         return get_field(self.record, "chosen", str, self.where)
 
     def given(self) -> list[Rejected]:
-        """Rejected answers that came with the data."""
-        return [Rejected(text, True) for text in get_texts(self.record, "rejected", self.where)] if "rejected" in self.record else []
+        """Rejected answers that came with the data, or from a selection before this one: complete unless "rejected_ended" says no."""
+        texts = get_texts(self.record, "rejected", self.where) if "rejected" in self.record else []
+        ended = aligned(self.record, "rejected_ended", bool, len(texts), self.where) or [True] * len(texts)
+        return [Rejected(text, end) for text, end in zip(texts, ended, strict=True)]
 
     def leave_out(self, reason: str, count: int) -> None:
         """Count answers left out by design."""
@@ -132,14 +139,21 @@ def _scores(kept: list[Rejected]) -> Record:
 
 
 def check_candidates(record: Record, where: str) -> list[Record]:
-    """The record's candidates, each {"text": str, "finish_reason": "stop" or "length"}; ValueError naming `where`."""
+    """The record's candidates, each {"text": str, "finish_reason": str}; ValueError naming `where`."""
     candidates = get_field(record, "candidates", list, where)
     for i, candidate in enumerate(candidates):
         if not isinstance(candidate, dict) or not isinstance(candidate.get("text"), str):
             raise ValueError(f"{where}: candidate {i} has no text")
-        if candidate.get("finish_reason") not in ("stop", "length"):
-            raise ValueError(f"{where}: candidate {i} has finish_reason {candidate.get('finish_reason')!r}, expected 'stop' or 'length'")
+        if not isinstance(candidate.get("finish_reason"), str):
+            raise ValueError(f"{where}: candidate {i} has finish_reason {candidate.get('finish_reason')!r}, expected a text ('stop'...)")
     return candidates
+
+
+def why_unusable(candidate: Record) -> str | None:
+    """The reason under which a candidate is left out because it is not an answer as the model would give it; None if it is one."""
+    if candidate["finish_reason"] not in ("stop", "length"):
+        return "finish_reason_" + re.sub(r"\W", "_", candidate["finish_reason"])[:40]
+    return "control_token" if candidate.get("control_token") or TURN_MARKER.search(candidate["text"]) else None
 
 
 def _sampled(candidates: list[Record]) -> list[Rejected]:
@@ -215,7 +229,7 @@ def _score(answer: Rejected) -> float:
 
 
 def _scored(selection: Selection) -> Iterator[Rejected]:
-    """Samples with a score; those without one or with a control token are counted."""
+    """Samples with a score; those without one and those that are no use are counted."""
     name, where = selection.options.score_field, selection.where
     candidates = check_candidates(selection.record, where)
     aligned = selection.record.get(name)
@@ -223,8 +237,8 @@ def _scored(selection: Selection) -> Iterator[Rejected]:
         raise ValueError(f"{where}: field {name!r} needs one score per candidate ({len(candidates)}), got {aligned!r:.80}")
     for i, (candidate, answer) in enumerate(zip(candidates, _sampled(candidates), strict=True)):
         score = candidate.get(name) if aligned is None else aligned[i]
-        if CONTROL_TOKEN.search(answer.text):
-            selection.leave_out("control_token", 1)
+        if reason := why_unusable(candidate):
+            selection.leave_out(reason, 1)
         elif score is None:
             selection.leave_out("no_score", 1)
         else:

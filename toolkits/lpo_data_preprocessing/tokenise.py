@@ -11,7 +11,9 @@ conversation would double that work, so where the tokenizer's own rules leave no
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +135,17 @@ class ChatTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of generated ids, byte for byte (no clean-up of spaces)."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def control_token(self, text: str) -> str | None:
+        """The first token in a text that the tokenizer calls special, None if there is none. Ordinary added tokens are no such tokens."""
+        found = self._control.search(text)
+        return found and found.group()
+
+    @cached_property
+    def _control(self) -> re.Pattern[str]:
+        added = self.tokenizer.added_tokens_decoder.values()
+        special = {*self.tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
+        return re.compile("|".join(re.escape(token) for token in sorted(special)) or r"(?!)")
 
     def render_prompts(self, prompts: Sequence[Sequence[Message]]) -> list[str]:
         """The template's text of each prompt, the generation prompt included."""

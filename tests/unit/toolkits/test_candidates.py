@@ -9,7 +9,7 @@ import pytest
 from toolkit_helpers import ROOT, files, read_jsonl, record, write_jsonl
 
 from megatron_patch.evaluation.generate import generate
-from toolkits.lpo_data_preprocessing import candidates
+from toolkits.lpo_data_preprocessing import candidates, extend_vocab, select
 from toolkits.lpo_data_preprocessing.tokenise import ChatTokenizer
 
 FINISHED = ["out.jsonl", "out.jsonl.plan.json", "out.jsonl.tally.json"]
@@ -222,7 +222,22 @@ def test_long_prompts_are_dropped_and_counted(tiny_qwen, tmp_path, capsys):
     records = [*RECORDS[:3], record(3, "why? " * 200)]
     assert candidates.main(command(tmp_path, tiny_qwen, "--max-prompt-length", 100, records=records)) == 0
     assert [row["id"] for row in read_jsonl(tmp_path / "out.jsonl")] == ["r0", "r1", "r2"]
-    assert "prompt_too_long" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "dropped   prompt_too_long" in out and "first     prompt_too_long: r3 (" in out and " tokens)" in out
+
+
+def test_control_tokens_are_marked(tiny_qwen, tmp_path):
+    """What the tokenizer calls special is; tokens added by extend_vocab are not, whatever they look like."""
+    speech = tmp_path / "speech"
+    argv = ["--input", str(tiny_qwen), "--output", str(speech), "--tokens", "3", "--pattern", "<|g0r0_{}|>", "--more", "<|beginofaudio|>"]
+    assert extend_vocab.main(argv) == 0
+    texts = ["<|beginofaudio|><|g0r0_2|>", "so <|im_end|> so", "<|endoftext|>", "<|x|>"]
+    answers = [{"text": text, "finish_reason": "stop"} for text in texts]
+    (row,) = candidates.make_block(RECORDS[:1], ChatTokenizer(speech), lambda _: answers, 4, 4096)
+    assert [answer.get("control_token") for answer in row["candidates"]] == [None, "<|im_end|>", "<|endoftext|>", None]
+    write_jsonl(tmp_path / "c.jsonl", [row])
+    assert select.main(["--input", str(tmp_path / "c.jsonl"), "--output", str(tmp_path / "pairs.jsonl")]) == 0
+    assert read_jsonl(tmp_path / "pairs.jsonl")[0]["rejected"] == [texts[0], texts[3]]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import httpx2
 import pytest
 from toolkit_helpers import files, read_jsonl, record, write_jsonl
 
-from toolkits.lpo_data_preprocessing import candidates, engines
+from toolkits.lpo_data_preprocessing import candidates, engines, select
 from toolkits.lpo_data_preprocessing.engines import ChatClient, Request, seed_of
 
 RECORDS = [record(i) for i in range(10)]
@@ -36,6 +36,8 @@ class Server:
 
     def __init__(self, upstream: str | None = None) -> None:
         self.upstream = upstream
+        self.refusal: tuple[str, int, Any] | None = None
+        """(text, status, body): what a prompt with the text is answered."""
         self.faults: dict[int, Callable[[BaseHTTPRequestHandler], None]] = {}
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[Any] = []
@@ -68,6 +70,8 @@ class Server:
             self.most_at_once = max(self.most_at_once, self.at_once)
         if number in self.faults:
             self.faults[number](handler)
+        elif self.refusal and self.refusal[0] in body["messages"][-1]["content"]:
+            reply(handler, *self.refusal[1:])
         else:
             text = f"{body['messages'][-1]['content']} {body['seed']}"
             answer = {"choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}]}
@@ -174,13 +178,54 @@ def test_a_server_that_is_gone_is_left_to_its_equals(server: Server, tmp_path: A
 
 
 def test_what_is_hopeless_ends_at_once(server: Server, tmp_path: Any, fails: Any) -> None:
-    server.faults = {9: lambda handler: reply(handler, 400, {"error": {"message": "context length\nis 8"}})}
+    server.faults = {9: lambda handler: reply(handler, 400, {"error": {"message": "temperature\nis odd"}})}
     line = fails(candidates.main, *command(tmp_path, server.url))
-    assert f"{server.url}/chat/completions: HTTP 400" in line and "context length" in line
+    assert f"{server.url}/chat/completions: HTTP 400" in line and "temperature\\nis odd" in line
+    assert any(f"sample r{i}/" in line for i in range(4, 8)) and "finished blocks are kept" in line
     assert files(tmp_path / "out.jsonl.blocks") == ["000000.jsonl", "plan.json"]  # 8 requests a block: the first is kept
     server.faults = {}
     assert candidates.main(command(tmp_path, server.url)) == 0
     assert read_jsonl(tmp_path / "out.jsonl") == expected()
+
+
+LIMITS = {
+    "vllm": (400, {"error": {"message": "This model's maximum context length is 8 tokens. However, you requested 99 tokens"}}),
+    "sglang": (400, {"message": "The input (99 tokens) is longer than the model's context length (8 tokens)."}),
+    "openai": (400, {"error": {"code": "context_length_exceeded", "message": "Please reduce the length of the messages."}}),
+    "another": (422, {"error": "`inputs` tokens + `max_new_tokens` must be <= 8. Given: prompt is too long"}),
+}
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_a_prompt_over_the_server_s_limit_is_dropped(server: Server, tmp_path: Any, capsys: Any, limit: str) -> None:
+    """As with --max-prompt-length: counted, its id shown, and every other sample made."""
+    write_jsonl(tmp_path / "in.jsonl", [*RECORDS[:5], record(5, "why? " * 20), *RECORDS[6:]])
+    server.refusal = ("why? why?", *LIMITS[limit])
+    assert candidates.main(command(tmp_path, server.url)) == 0
+    assert read_jsonl(tmp_path / "out.jsonl") == expected()[:5] + expected()[6:]
+    shown = capsys.readouterr().out
+    assert "9 kept, 1 dropped" in shown and f"prompt_too_long: r5 (HTTP {LIMITS[limit][0]}: " in shown
+    assert json.loads((tmp_path / "out.jsonl.tally.json").read_text())["dropped"] == {"prompt_too_long": 1}
+
+
+def test_a_server_without_room_for_any_prompt(server: Server, tmp_path: Any, fails: Any) -> None:
+    server.refusal = ("pens", *LIMITS["vllm"])
+    line = fails(candidates.main, *command(tmp_path, server.url))
+    assert "10 of 10 records dropped" in line and "r0 (HTTP 400: " in line and "maximum context length is 8" in line
+
+
+def test_an_answer_that_a_server_filtered(server: Server, tmp_path: Any, capsys: Any) -> None:
+    """It is kept with its reason, once, and select counts it; one odd answer does not stop the rest."""
+    odd = {"choices": [{"message": {"role": "assistant", "content": None}, "finish_reason": "content_filter"}]}
+    server.faults = {0: lambda handler: reply(handler, 200, odd)}
+    assert candidates.main(command(tmp_path, server.url, more=("--concurrency", "1"))) == 0
+    wanted = expected()
+    wanted[0]["candidates"][0] = {"text": "", "finish_reason": "content_filter"}
+    assert read_jsonl(tmp_path / "out.jsonl") == wanted and len(server.bodies) == 20
+    assert "finish reason 'content_filter': 1 (select leaves such samples out)" in capsys.readouterr().out
+    assert select.main(["--input", str(tmp_path / "out.jsonl"), "--output", str(tmp_path / "pairs.jsonl")]) == 0
+    assert sum(len(row["rejected"]) for row in read_jsonl(tmp_path / "pairs.jsonl")) == 19
+    assert "left out  finish_reason_content_filter         1" in capsys.readouterr().out
 
 
 def test_it_gives_up_after_its_retries(server: Server, tmp_path: Any, fails: Any) -> None:

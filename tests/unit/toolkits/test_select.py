@@ -71,7 +71,7 @@ GOOD = record(0, candidates=sampled("bad"))
         ([GOOD, "{"], (), "in.jsonl:2: not valid JSON"),
         ([GOOD, record(1)], (), "in.jsonl:2: field 'candidates' is missing"),
         ([record(0, candidates=[{"finish_reason": "stop"}])], (), "in.jsonl:1: candidate 0 has no text"),
-        ([record(0, candidates=[{"text": "x", "finish_reason": "eos"}])], (), "in.jsonl:1: candidate 0 has finish_reason 'eos'"),
+        ([record(0, candidates=[{"text": "x", "finish_reason": None}])], (), "in.jsonl:1: candidate 0 has finish_reason None"),
         ([{"prompt": "q"}], (), "in.jsonl:1: field 'prompt' must be a list"),
         ([GOOD, GOOD | {"rejected": "abc"}], (), "in.jsonl:2: field 'rejected' must be a list, got str"),
         ([GOOD | {"rejected": ["a", 1]}], (), "in.jsonl:1: rejected[1] must be text, got int"),

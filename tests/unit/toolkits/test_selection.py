@@ -39,6 +39,25 @@ def test_limit_and_answers_given_before():
     assert left_out == {"duplicate_candidate": 1, "over_max_pairs_per_prompt": 1}
 
 
+@pytest.mark.parametrize("method", ["lppc", "verify-math", "perturb"])
+def test_an_answer_cut_before_stays_cut(method):
+    """Selections one after the other: what the first one knew of an answer's end, the second keeps."""
+    samples = sampled("#### 1 and", "#### 2", cut=(0,))
+    first, _ = select("lppc", record(0, chosen="#### 3", candidates=samples))
+    result, _ = select(method, first | {"candidates": sampled("#### 4")})
+    assert (result["rejected"][:2], result["rejected_ended"]) == (["#### 1 and", "#### 2"], [False, True, True])
+    with pytest.raises(ValueError, match=r"f:1: field 'rejected_ended' needs one entry per rejected answer \(2\)"):
+        select(method, first | {"candidates": samples, "rejected_ended": [False]})
+
+
+def test_other_finish_reasons_are_left_out():
+    filtered = [{"text": "", "finish_reason": "content_filter"}, {"text": "half", "finish_reason": "tool calls"}]
+    result, left_out = select("lppc", record(0, chosen="good", candidates=[*filtered, *sampled("bad")]))
+    assert result["rejected"] == ["bad"] and left_out == {"finish_reason_content_filter": 1, "finish_reason_tool_calls": 1}
+    assert select("lppc", record(0, chosen="good", candidates=filtered))[0] == "no_candidate_left"
+    assert select("scores", record(0, candidates=[c | {"score": 9} for c in filtered]))[0] == "fewer_than_two_scores"
+
+
 def test_equal_means_the_whole_text():
     result, _ = select("lppc", record(0, chosen="#### 15", candidates=sampled("#### 1", "5", "#### 15 ", "#### 155")))
     assert result["rejected"] == ["#### 1", "5", "#### 155"]
@@ -69,9 +88,13 @@ def test_min_edit_distance(distance, kept):
 
 
 def test_spelled_out_control_tokens_are_left_out():
-    texts = ("so <|im_start|> 3", "<|x|>", "a <| b |> c", "a <|b| c|>", "<|endoftext|>", "if a<|b|")
+    texts = ("so <|im_start|> 3", "<|g0r0_7|><|endofaudio|>", "a <| b |> c", "a <|b| c|>", "<|endoftext|>", "if a<|b|")
     result, left_out = select("lppc", record(0, chosen="good", candidates=sampled(*texts)))
-    assert result["rejected"] == ["a <|b| c|>", "if a<|b|"] and left_out == {"control_token": 4}
+    assert result["rejected"] == ["<|g0r0_7|><|endofaudio|>", "a <| b |> c", "a <|b| c|>", "if a<|b|"] and left_out == {"control_token": 2}
+    marked = [{**candidate, "control_token": "<s>"} for candidate in sampled("a <s>", "b <s>")]
+    result, left_out = select("lppc", record(0, chosen="good", candidates=[*marked, *sampled("c <s>")]))
+    assert result["rejected"] == ["c <s>"] and left_out == {"control_token": 2}
+    assert select("scores", record(0, candidates=[c | {"score": 1} for c in marked]))[1] == {"control_token": 2}
     answers = sampled("<|im_end|>\n#### 12", "#### 12", "#### 13<|im_end|>", "#### 14")
     result, left_out = select("verify-math", record(0, chosen="#### 12", candidates=answers), chosen="sampled")
     assert (result["chosen"], result["rejected"]) == ("#### 12", ["#### 14"]) and left_out["control_token"] == 2
