@@ -286,13 +286,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--engine", choices=list(ENGINES), default="transformers", help="what generates (default %(default)s)")
     parser.add_argument("-n", "--n", type=int, default=1, metavar="N", help="samples per prompt (default %(default)s)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="default %(default)s, as in the paper")
-    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus, 0 to 1 (default %(default)s: all tokens, as in the paper)")
+    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="above 0 (default %(default)s, as in the paper)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus, 0 to 1 (default %(default)s: all, as in the paper)")
     parser.add_argument("--max-new-tokens", type=int, default=1024, metavar="TOKENS", help="end token included (default %(default)s)")
     parser.add_argument(
         "--max-prompt-length", type=int, default=4096, metavar="TOKENS", help="longer prompts are dropped (default %(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=1, help="of the noise (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=1, metavar="N", help="of the noise (default %(default)s)")
     parser.add_argument("--response-end", default="<|im_end|>", metavar="TOKEN", help="token that ends a response (default %(default)s)")
     parser.add_argument("--shard", metavar="i/n", help="make every n-th block, from i (0 to n-1); auto: as SLURM or torchrun number us")
     parser.add_argument("--merge", action="store_true", help="only put finished shards together")
@@ -305,7 +305,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     server.add_argument("--tokenizer", metavar="DIR", help="the model's, for --max-prompt-length and to know its control tokens")
     server.add_argument("--concurrency", type=int, default=64, metavar="N", help="requests at a time (default %(default)s)")
     server.add_argument("--retries", type=int, default=8, metavar="N", help="of one request, with growing waits (default %(default)s)")
-    server.add_argument("--request-timeout", type=float, default=600.0, metavar="S", help="of one answer (default %(default)s)")
+    server.add_argument("--request-timeout", type=float, default=600.0, metavar="S", help="seconds for one answer (default %(default)s)")
     return run_stage(parser, _run, argv)
 
 

@@ -12,12 +12,11 @@ import random
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 
 from megatron_patch.data.atomic_files import atomic_path
-from toolkits.lpo_data_preprocessing.records import refuse_existing
+from toolkits.lpo_data_preprocessing.records import ExampleParser, refuse_existing
 from toolkits.lpo_data_preprocessing.store_page import page
 from toolkits.lpo_data_preprocessing.store_view import Part, Sample, StoreView, histogram, quantiles, visible
 
@@ -95,15 +94,12 @@ def _run(args: argparse.Namespace) -> None:
     print("\n".join(lines), flush=True)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """argparse's complaint as a ValueError."""
-        raise ValueError(f"{message} (see --help)")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns 0, or 2 after a one-line error for a user's mistake."""
-    parser = _Parser(prog="python -m toolkits.lpo_data_preprocessing.inspect", description="Look at a pair store.")
+    parser = ExampleParser(
+        "inspect", "Look at a pair store: counts, lengths in tokens, log-probs in nats, pairs as text.",
+        "outputs/pairs/train --pair 3 --html train.html",
+    )  # fmt: skip
     parser.add_argument("prefix", metavar="PREFIX", help="of the store: PREFIX.json is its manifest")
     parser.add_argument("--pair", type=int, metavar="I", help="show this pair (or sample) as text, counted from 0")
     parser.add_argument("--html", metavar="FILE", help="write all of it as one page, which needs no other file")

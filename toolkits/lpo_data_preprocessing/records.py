@@ -193,10 +193,10 @@ class Tally:
         return "\n".join(f"  {what:<8}  {reason:<28} {count:>9}" for what, reason, count in rows)
 
 
-class CommandParser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, like every other error of a stage; one that has an output."""
+class ExampleParser(argparse.ArgumentParser):
+    """An argument parser whose help ends with an example and whose errors are one line, like every other error of a stage."""
 
-    def __init__(self, stage: str, description: str, example: str, *, output: str) -> None:
+    def __init__(self, stage: str, description: str, example: str) -> None:
         super().__init__(
             prog=f"python -m toolkits.lpo_data_preprocessing.{stage}",
             description=description,
@@ -204,13 +204,20 @@ class CommandParser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         self.stage = stage
-        self.add_argument("--output", required=True, metavar="PATH", help=output)
-        self.add_argument("--overwrite", action="store_true", help="replace an existing output")
-        self.add_argument("--update", action="store_true", help="replace an existing output unless it is of the same input and options")
 
     def error(self, message: str) -> NoReturn:
         """argparse's complaint as a ValueError."""
         raise ValueError(f"{message} (see --help)")
+
+
+class CommandParser(ExampleParser):
+    """The parser of a stage that has an output."""
+
+    def __init__(self, stage: str, description: str, example: str, *, output: str) -> None:
+        super().__init__(stage, description, example)
+        self.add_argument("--output", required=True, metavar="PATH", help=output)
+        self.add_argument("--overwrite", action="store_true", help="replace an existing output")
+        self.add_argument("--update", action="store_true", help="replace an existing output unless it is of the same input and options")
 
 
 class StageParser(CommandParser):

@@ -21,10 +21,21 @@ from megatron_patch import cpu_backend
 from megatron_patch.arguments import choose_device, requested_device
 from megatron_patch.entry import parse_arguments, user_errors
 
+_COMMAND = "torchrun --nproc-per-node {} -m toolkits.lpo_data_preprocessing.reference_logps {}"
+_EXAMPLE = "--hf-path outputs/sft/hf --pair-data data/train data/valid --tensor-model-parallel-size 2 --sequence-parallel"
+_DESCRIPTION = """Reference log-probs (sums in nats) of all responses in the stores of --pair-data, by the model in --hf-path.
+The flags are those of training, Megatron-Core's among them; the pass adds the group "reference pass"."""
+
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
+    """Megatron's help is thousands of lines: what the pass is stands before them, and an example behind."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.usage = _COMMAND.format("N", "--hf-path DIR --pair-data PREFIX ... [flags]")
+    parser.description, parser.epilog = _DESCRIPTION, f"example:\n  {_COMMAND.format(2, _EXAMPLE)}"
     group = parser.add_argument_group(title="reference pass")
-    group.add_argument("--block-pairs", type=int, default=1024, help="pairs between two saves of the partial result")
+    group.add_argument(
+        "--block-pairs", type=int, default=1024, metavar="PAIRS", help="between two saves of the partial result (default %(default)s)"
+    )
     parser.set_defaults(skip_train=True, train_iters=1, global_batch_size=None)
 
 

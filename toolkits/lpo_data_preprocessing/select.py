@@ -202,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--scores", action="store_true", help="add scores: 1 minus the character error rate against the reference answer")
     parser.add_argument("--valid-fraction", type=float, default=0.0, metavar="F", help="of the prompts, 0 to 1 (default %(default)s)")
     parser.add_argument("--valid-output", metavar="PATH", help="where the validation records go")
-    parser.add_argument("--seed", type=int, default=1, help="of the split, the swaps and the noise (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=1, metavar="N", help="of the split, the swaps and the noise (default %(default)s)")
     return run_stage(parser, _run, argv)
 
 
