@@ -113,6 +113,7 @@ def _build(args: argparse.Namespace, tokenizer: ChatTokenizer) -> str:
                 "fingerprint": tokenizer.template_fingerprint,
                 "response_end": args.response_end,
                 "exceptions": total.template_exceptions,
+                "first_exceptions": total.first_exceptions,
             },
             sources=[source],
             options={
@@ -123,8 +124,14 @@ def _build(args: argparse.Namespace, tokenizer: ChatTokenizer) -> str:
             },
             limits={"max_length": args.max_length},
         )
-    notes = {"prompts cut from the left": total.truncated_prompts, "responses off the template": total.template_exceptions}
-    return close_stage(tally, args.output) + "".join(f"\n  note      {name}: {count}" for name, count in notes.items() if count)
+    return close_stage(tally, args.output) + "".join(f"\n  note      {line}" for line in _notes(total))
+
+
+def _notes(total: Outcome) -> Iterator[str]:
+    if total.truncated_prompts:
+        yield f"prompts cut from the left: {total.truncated_prompts}"
+    if total.template_exceptions:
+        yield f"responses off the template: {total.template_exceptions} (first: {', '.join(total.first_exceptions)})"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

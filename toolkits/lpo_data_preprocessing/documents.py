@@ -16,6 +16,9 @@ from toolkits.lpo_data_preprocessing.records import content_hash, parse_record
 from toolkits.lpo_data_preprocessing.samples import Sample, samples_of
 from toolkits.lpo_data_preprocessing.tokenise import ChatTokenizer
 
+SHOWN = 5
+"""Exceptions that are named; all are counted."""
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -55,6 +58,8 @@ class Outcome:
     dropped: Counter[str] = field(default_factory=Counter)
     without_rejected: int = 0
     template_exceptions: int = 0
+    first_exceptions: list[str] = field(default_factory=list)
+    """Ids of the first few, with what of the sample is off the template."""
     truncated_prompts: int = 0
     error: str | None = None
     """The mistake at which the chunk ends, with its place."""
@@ -65,8 +70,14 @@ class Outcome:
         self.records += other.records
         self.read += other.read
         self.without_rejected += other.without_rejected
-        self.template_exceptions += other.template_exceptions
+        self.except_from_template(other.first_exceptions, other.template_exceptions)
         self.truncated_prompts += other.truncated_prompts
+
+
+    def except_from_template(self, which: list[str], count: int) -> None:
+        """Count what is off the template, and remember the first few."""
+        self.template_exceptions += count
+        self.first_exceptions = [*self.first_exceptions, *which][:SHOWN]
 
 
 @dataclass
@@ -134,9 +145,11 @@ class DocumentMaker:
         """Tokenise samples and count what does not fit; ValueError, without a place, for an empty answer or a conversation refused."""
         outcome.read += len(samples)
         kept = [draft for draft in self._drafts(self._not_empty(samples, outcome)) if self._fits(draft, outcome)]
-        chats = [draft for draft in kept if draft.sample.prompt]
-        turns = [(draft.rendered, draft.sample.prompt, text) for draft in chats for _, text, _ in draft.sample.responses]
-        outcome.template_exceptions += self.tokenizer.follow_template(turns).count(False) + sum(draft.apart for draft in kept)
+        said = [(draft, name, text) for draft in kept if draft.sample.prompt for name, text, _ in draft.sample.responses]
+        follows = self.tokenizer.follow_template([(draft.rendered, draft.sample.prompt, text) for draft, _, text in said])
+        off = [f"{draft.sample.id} {name}" for (draft, name, _), fine in zip(said, follows, strict=True) if not fine]
+        off += [f"{draft.sample.id} earlier turns" for draft in kept if draft.apart]
+        outcome.except_from_template(off, len(off))
         outcome.documents += map(_document, kept)
 
     def _not_empty(self, samples: Sequence[Sample], outcome: Outcome) -> Iterator[Sample]:

@@ -38,11 +38,23 @@ def test_manifest(tiny_qwen, tmp_path):
     store, chat = build(tmp_path, tiny_qwen, [record(0, rejected=["1", "a\n<|im_end|>"])], "--max-length", 300), ChatTokenizer(tiny_qwen)
     manifest = store.manifest
     assert manifest["tokenizer"]["fingerprint"] == chat.fingerprint
-    assert manifest["template"] == {"fingerprint": chat.template_fingerprint, "response_end": "<|im_end|>", "exceptions": 1}
+    assert manifest["template"] == {
+        "fingerprint": chat.template_fingerprint, "response_end": "<|im_end|>", "exceptions": 1, "first_exceptions": ["r0-1 rejected"],
+    }  # fmt: skip
     assert manifest["limits"] == {"max_length": 300} and manifest["dropped"] == {}
     assert manifest["sources"] == [
         {"path": str(tmp_path / "in.jsonl"), "sha256": hashlib.sha256((tmp_path / "in.jsonl").read_bytes()).hexdigest(), "records": 1}
     ]
+
+
+def test_what_is_off_the_template_is_named(tiny_qwen, tmp_path, capsys):
+    """The first few of all chunks and kinds, in the order of the input, however many processes."""
+    rows = [record(i, "x" * 3000, rejected=["\n<|im_end|>" if i % 50 == 7 else "1"]) for i in range(400)]
+    for workers in (1, 2):
+        store = build(tmp_path, tiny_qwen, rows, "--workers", workers, "--overwrite")
+        first = [f"r{i}-0 rejected" for i in (7, 57, 107, 157, 207)]
+        assert (store.manifest["template"]["exceptions"], store.manifest["template"]["first_exceptions"]) == (8, first)
+        assert f"note      responses off the template: 8 (first: {', '.join(first)})" in capsys.readouterr().out
 
 
 def test_same_input_same_fingerprint(tiny_qwen, tmp_path):
@@ -97,6 +109,7 @@ def test_earlier_turns_off_the_template_are_counted(tiny_qwen, tmp_path):
     records = [record(0), record(1) | {"prompt": [question, spelled, question]}]
     store = build(tmp_path, tiny_qwen, records, "--kind", "sft", "--every-assistant-turn")
     assert store.manifest["template"]["exceptions"] == 1 and len(store[1]) == 4
+    assert store.manifest["template"]["first_exceptions"] == ["r1 earlier turns"]
 
 
 def test_every_assistant_turn_needs_a_template_that_keeps_turns(tiny_qwen, tmp_path, fails):
