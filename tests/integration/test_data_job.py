@@ -109,6 +109,22 @@ def test_a_failing_stage_s_exit_code(work: Path, tmp_path: Path) -> None:
     assert code == 2 and "[error] STAGES: unknown stage 'bake'" in errors
 
 
+def test_flags_of_single_stages(work: Path, tmp_path: Path) -> None:
+    """Bad lines left out, and pairs made of noise: neither candidates nor a model on the way."""
+    lines = [json.dumps({"question": f"{i}?", "answer": f"the answer is {i} and no other"}) for i in range(20)]
+    (tmp_path / "bad.jsonl").write_text("\n".join([*lines, '{"question": ']) + "\n")
+    choices = {"INPUT": str(tmp_path / "bad.jsonl"), "STAGES": "normalise select", "VALID_FRACTION": "0"}
+    flags = {"NORMALISE_FLAGS": "--drop-invalid --format question_answer", "SELECT_FLAGS": "--method perturb -n 2 --noise-ratio 0.4"}
+    code, out, errors = run(work, tmp_path / "out", **choices, **flags)
+    assert code == 0 and "21 records read, 20 kept, 1 dropped" in out, out + errors
+    rows = [json.loads(line) for line in (tmp_path / "out/train.jsonl").read_text().splitlines()]
+    assert len(rows) == 20 and max(len(row["rejected"]) for row in rows) == 2
+    code, _, errors = run(work, tmp_path / "again", **choices)
+    assert code == 2 and "bad.jsonl:21" in errors and "--drop-invalid" in errors
+    code, _, errors = run(work, tmp_path / "out", **(choices | {"STAGES": "select"}))
+    assert code == 2 and "field 'candidates' is missing" in errors  # the default, --method lppc, wants them
+
+
 def wait_for(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 120
     while not condition():

@@ -5,6 +5,7 @@
 # Choices by environment, or in a file of NAME=VALUE lines that CONFIG names (the environment wins):
 #   INPUT  file, folder or glob of prompts and answers    HF_PATH  the fine-tuned model: samples the candidates, is the reference
 #   OUTPUT folder of the stores                           STAGES   which of the five stages run (default all)
+#   NORMALISE_FLAGS, SELECT_FLAGS  of these stages (--drop-invalid; default --method lppc; --method perturb needs no stage candidates)
 #   N, TEMPERATURE, TOP_P, MAX_NEW_TOKENS  sampling (paper, Algorithm 1: temperature 1, top-p 1)
 #   ENGINE transformers | vllm | openai    ENGINE_TP  GPUs of one vLLM    ENGINE_FLAGS  more of its flags (--base-url, --dtype...)
 #   CANDIDATES_PYTHON  the engine's own    CANDIDATES_CONTAINER  an image that has it (pyxis or apptainer)
@@ -33,17 +34,20 @@ echo "[plan] $STAGES: $INPUT -> $OUTPUT, model $HF_PATH, seed $SEED, $NNODES nod
 echo "[plan] candidates: $N a prompt, temperature $TEMPERATURE, top-p $TOP_P, $MAX_NEW_TOKENS tokens; $ENGINE, $((NNODES * shards)) shard(s)"
 echo "[plan] stores: $MAX_LENGTH tokens, validation $VALID_FRACTION; reference: TP $TP, PP $PP, $NPROC_PER_NODE process(es) a node"
 
+read -ra normalise_flags <<<"${NORMALISE_FLAGS:-}"
+read -ra select_flags <<<"${SELECT_FLAGS:---method lppc}"
 stage() { supervise "$PYTHON" -m "toolkits.lpo_data_preprocessing.$1" --input "$2" --output "$3" "${@:4}"; }
 for name in $STAGES; do
   case $name in
-    normalise) stage normalise "$INPUT" "$OUTPUT/records.jsonl" --update ;;
+    normalise) stage normalise "$INPUT" "$OUTPUT/records.jsonl" "${normalise_flags[@]}" --update ;;
     candidates)
       read -ra more <<<"${ENGINE_FLAGS:-}"
       in_image "${CANDIDATES_CONTAINER:-}"
       sharded "$shards" "${CANDIDATES_PYTHON:-$PYTHON}" -m toolkits.lpo_data_preprocessing.candidates --input "$OUTPUT/records.jsonl" \
         --output "$OUTPUT/candidates.jsonl" --model "$HF_PATH" --engine "$ENGINE" --engine-tensor-parallel "$ENGINE_TP" -n "$N" --seed "$SEED" \
         --temperature "$TEMPERATURE" --top-p "$TOP_P" --max-new-tokens "$MAX_NEW_TOKENS" --device "$DEVICE" "${more[@]}" ;;
-    select) stage select "$OUTPUT/candidates.jsonl" "$OUTPUT/train.jsonl" --method lppc --seed "$SEED" "${split_flags[@]}" --update ;;
+    select) [ -f "$OUTPUT/candidates.jsonl" ] && from=candidates || from=records
+      stage select "$OUTPUT/$from.jsonl" "$OUTPUT/train.jsonl" "${select_flags[@]}" --seed "$SEED" "${split_flags[@]}" --update ;;
     build_pairs) for split in "${splits[@]}"; do
       stage build_pairs "$OUTPUT/$split.jsonl" "$OUTPUT/$split" --tokenizer "$HF_PATH" --max-length "$MAX_LENGTH" --update
     done ;;
