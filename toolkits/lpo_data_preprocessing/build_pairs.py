@@ -124,14 +124,17 @@ def _build(args: argparse.Namespace, tokenizer: ChatTokenizer) -> str:
             },
             limits={"max_length": args.max_length},
         )
-    return close_stage(tally, args.output) + "".join(f"\n  note      {line}" for line in _notes(total))
+    return close_stage(tally, args.output) + "".join(f"\n  note      {line}" for line in _notes(total, tally))
 
 
-def _notes(total: Outcome) -> Iterator[str]:
+def _notes(total: Outcome, tally: Tally) -> Iterator[str]:
     if total.truncated_prompts:
         yield f"prompts cut from the left: {total.truncated_prompts}"
     if total.template_exceptions:
         yield f"responses off the template: {total.template_exceptions} (first: {', '.join(total.first_exceptions)})"
+    if total.template_exceptions > tally.kept * (0.5 if tally.unit == "samples" else 1):
+        yield "that is most of them: alone, this tokenizer writes a response otherwise than behind the prompt (a space first?), and so"
+        yield "does this store; a model that other code fine-tuned on the template's own text has seen other tokens there"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,7 +3,8 @@
 A prompt is what the chat template renders with the generation prompt. A response is its text followed by the end token (`<|im_end|>`),
 without the newline the template writes after it and without `<|endoftext|>`: exactly what a model produces, so exactly what is scored.
 Prompt and response are tokenised apart, because that is how generation sees them; `follows_template` says where the template, applied to
-the whole conversation, would have merged tokens across the border.
+the whole conversation, would have merged tokens across the border. A tokenizer that begins every text with a space (SentencePiece does)
+would write one before each response, which the template does not: there a response is tokenised behind what the template writes before it.
 
 Everything is asked for many texts at once: a call of the tokenizer costs more than its work on a chat turn. The comparison with the whole
 conversation would double that work, so where the tokenizer's own rules leave no doubt (`byte_level`) only the border is looked at.
@@ -34,7 +35,7 @@ def load_tokenizer(folder: str | Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise ValueError(f"{folder}: not a loadable tokenizer ({error!s:.200})") from None
 
 
@@ -53,12 +54,24 @@ class ChatTokenizer:
         self.response_end = response_end
         self._plain = is_plain_backend(self.tokenizer)
         self._words = word_tokenizer(self.tokenizer)
+        self._lead = self._find_lead() if chat else ""
 
     def _token_id(self, token: str, folder: str | Path) -> int:
         known = self.tokenizer.get_vocab()
         if token not in known:
             raise ValueError(f"{folder}: the tokenizer has no token {token!r}")
         return known[token]
+
+    def _find_lead(self) -> str:
+        """What the template writes between its last control token and a response, if a response behind it has other ids than alone."""
+        try:
+            rendered = self._render([[{"role": "user", "content": "a"}]], prompt=True)[0]
+        except ValueError:
+            return ""  # it refuses even that
+        ends = [found.end() for found in self._control.finditer(rendered)]
+        lead = rendered[max(ends, default=0) :]
+        before, behind, alone = self.ids([lead, lead + "a", "a"], split_special_tokens=True)
+        return lead if behind != before + alone else ""
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -89,8 +102,16 @@ class ChatTokenizer:
 
     def responses_ids(self, responses: Sequence[tuple[str, bool]]) -> list[list[int]]:
         """`response_ids` of many (text, ended)."""
-        found = self.ids([text for text, _ in responses], split_special_tokens=True)
+        found = self._behind_lead([text for text, _ in responses])
         return [[*ids, self.end_id] if ended else ids for ids, (_, ended) in zip(found, responses, strict=True)]
+
+    def _behind_lead(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of responses: alone, or behind the lead where these do not merge with it."""
+        alone = self.ids(texts, split_special_tokens=True)
+        if not self._lead:
+            return alone
+        before, *behind = self.ids([self._lead, *(self._lead + text for text in texts)], split_special_tokens=True)
+        return [b[len(before) :] if b[: len(before)] == before else a for a, b in zip(alone, behind, strict=True)]
 
     def follows_template(self, messages: Sequence[Message], text: str) -> bool:
         """Whether prompt + response ids are how the template's own rendering of the whole conversation begins."""
