@@ -133,8 +133,8 @@ def _notes(total: Outcome, tally: Tally) -> Iterator[str]:
     if total.template_exceptions:
         yield f"responses off the template: {total.template_exceptions} (first: {', '.join(total.first_exceptions)})"
     if total.template_exceptions > tally.kept * (0.5 if tally.unit == "samples" else 1):
-        yield "that is most of them: alone, this tokenizer writes a response otherwise than behind the prompt (a space first?), and so"
-        yield "does this store; a model that other code fine-tuned on the template's own text has seen other tokens there"
+        yield "that is most of them: in the template's own text answers have other tokens than here (a tokenizer that sets a space before a"
+        yield "text? a template that edits answers?); a model that other code fine-tuned on that text has seen those"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -229,15 +229,35 @@ def _system(record: Record, where: str) -> list[Message]:
     return [{"role": "system", "content": text}] if text else []
 
 
+def _turn(turn: Any, where: str) -> Message:
+    """A {"from", "value"} turn (or {"role", "content"}) as a message, whose content is not checked yet."""
+    role = _SHAREGPT_ROLES.get(str(turn.get("from", turn.get("role")))) if isinstance(turn, dict) else None
+    if role is None:
+        raise ValueError(f"{where}: a turn needs 'value' and 'from' (one of {', '.join(_SHAREGPT_ROLES)}), got {turn!r:.80}")
+    return {"role": role, "content": turn.get("value", turn.get("content"))}
+
+
+def _turns(record: Record, name: str, where: str) -> list[Message]:
+    """The turns of a conversation; a "system" field opens it."""
+    turns = [_turn(turn, where) for turn in get_field(record, name, list, where)]
+    return check_messages(_system(record, where) + turns, where)
+
+
 def _converse_sharegpt(record: Record, where: str) -> Conversation:
-    """{"from", "value"} turns, as in Infinity-Instruct; a "system" field opens the conversation."""
-    messages = []
-    for turn in get_field(record, "conversations", list, where):
-        role = _SHAREGPT_ROLES.get(str(turn.get("from", turn.get("role")))) if isinstance(turn, dict) else None
-        if role is None:
-            raise ValueError(f"{where}: a turn needs 'value' and 'from' (one of {', '.join(_SHAREGPT_ROLES)}), got {turn!r:.80}")
-        messages.append({"role": role, "content": turn.get("value", turn.get("content"))})
-    return _whole(check_messages(_system(record, where) + messages, where), where)
+    """{"from", "value"} turns, as in Infinity-Instruct."""
+    return _whole(_turns(record, "conversations", where), where)
+
+
+def _from_conversation_preference(record: Record, where: str) -> Example:
+    """A conversation up to a user's turn, and answers to it: texts or turns."""
+
+    def said(answer: Any, name: str) -> str:
+        return answer if isinstance(answer, str) else _reply(check_messages([_turn(answer, where)], where), name, where)
+
+    prompt = _turns(record, "conversations" if "conversations" in record else "messages", where)
+    given = record.get("rejected")
+    rejected = [said(answer, "rejected") for answer in (given if isinstance(given, list) else [given])]
+    return Example(prompt, said(record.get("chosen"), "chosen"), rejected)
 
 
 def _alpaca_prompt(record: Record, where: str) -> list[Message]:
@@ -298,6 +318,10 @@ FORMATS = (
     Format(
         "question_preference", {"|".join(_QUESTIONS): str, "chosen": str, "rejected": (str, list)},
         _from_question_preference, consumes=("system",), lone=True,
+    ),
+    Format(
+        "conversation_preference", {"conversations|messages": list, "chosen": (str, dict), "rejected": (str, dict, list)},
+        _from_conversation_preference, consumes=("system",),
     ),
     Format("standard_implicit", {"chosen": str, "rejected": str}, _from_implicit_texts, lone=True),
     Format("conversational_implicit", {"chosen": list, "rejected": list}, _from_implicit_messages),

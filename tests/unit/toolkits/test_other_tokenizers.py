@@ -100,7 +100,7 @@ def test_responses_that_are_all_off_the_template_are_said_to_be(tmp_path, capsys
     store = build(tmp_path / "first", tmp_path, CLEAN)
     out = capsys.readouterr().out
     assert store.manifest["template"]["exceptions"] == 10 and "responses off the template: 10 (first: r0-0 chosen, r0-0 rejected" in out
-    assert "most of them: alone, this tokenizer writes a response otherwise than behind the prompt" in out
+    assert "most of them: in the template's own text answers have other tokens than here" in out
 
 
 @pytest.mark.parametrize(("kind", "name"), [("unigram", "T5Tokenizer"), ("bpe", "LlamaTokenizer"), ("bpe", "GemmaTokenizer")])
