@@ -285,7 +285,7 @@ def test_a_real_server_behind_a_proxy_that_fails(transformers_serve: str, tiny_q
     proxy = Server(upstream=transformers_serve)
     proxy.faults = {number: list(FAULTS.values())[number % len(FAULTS)] for number in (0, 1, 2, 5, 8, 11, 12, 13, 15, 20, 22)}
     cold = ("--temperature", "1e-6", "--max-new-tokens", "6")
-    words = command(tmp_path, proxy.url, more=cold)
+    words = command(tmp_path, proxy.url, more=(*cold, "--retries", "11"))  # one sample may meet them all while the others wait
     words[words.index("served")] = str(tiny_qwen)
     assert candidates.main(words) == 0
     proxy.close()
