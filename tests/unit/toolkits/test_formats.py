@@ -126,6 +126,37 @@ def test_no_prompt_is_made_up_beside_one(tmp_path, fails, field):
     assert row["prompt"][0]["content"] == "The capital is" and row[field] == "What is the capital of France?"
 
 
+ASKED = {"messages": [{"role": "user", "content": "q"}]}
+ANSWERED = {"messages": [*ASKED["messages"], {"role": "assistant", "content": "a"}]}
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (ANSWERED | {"chosen": "b"}, "field 'chosen' is not part of format messages and would be lost"),
+        (ANSWERED | {"chosen": "b", "rejected": "c"}, "the prompt must end with a user's or a tool's turn, got assistant"),
+        (ANSWERED | {"rejected_response": "b", "rejected": ["c"]}, "field 'rejected' is not part of format ms_swift and would be lost"),
+        (ANSWERED | {"rejected": ANSWERED["messages"]}, "rejected[0] must be text, got dict"),
+        (ASKED | {"chosen": ASKED["messages"][0], "rejected": "c"}, "field 'chosen' must be one assistant message"),
+        ({"question": "q", "answer": "a", "prompt": "p"}, "field 'prompt' is not part of format question_answer and would be lost"),
+        ({"instruction": "i", "output": "o", "rejected": {"a": 1}}, "field 'rejected' must be a list, got dict"),
+        (PAIR | {"question": "q", "input": "i"}, "one field must hold the question"),
+        (PAIR | {"question": "q", "context": "c"}, "field 'context' looks like a prompt, but format question_preference does not use it"),
+    ],
+)
+def test_no_answer_is_lost(tmp_path, fails, record, message):
+    """A prompt or an answer without a place is an error, or a counted drop."""
+    path = write_jsonl(tmp_path / "in.jsonl", [record])
+    assert f"in.jsonl:1: {message}" in fails(main, "--input", path, "--output", tmp_path / "out.jsonl")
+
+
+def test_lost_answers_are_counted(tmp_path):
+    good = {"question": "q", "answer": "a"}
+    path = write_jsonl(tmp_path / "in.jsonl", [good, {"question": "q2", "answer": "a", "chosen": "b"}])
+    assert [row["prompt"][0]["content"] for row in normalised(tmp_path, path, "--drop-invalid")] == ["q"]
+    assert json.loads((tmp_path / "out.jsonl.tally.json").read_text())["dropped"] == {"unfit_fields": 1}
+
+
 def test_a_later_record_with_a_prompt(tmp_path, fails):
     path = write_jsonl(tmp_path / "in.jsonl", [PAIR, PAIR | {"question": None}, PAIR | {"question": "What?"}])
     assert "in.jsonl:3: field 'question' looks like a prompt" in fails(main, "--input", path, "--output", tmp_path / "out.jsonl")

@@ -140,34 +140,7 @@ LINES = {
         "in.jsonl:1: dialog[0].content_list[0]: audio_tokens must be",
     ),
     "dialogue with nothing to learn": (dialogue(("user", text("x"))), "in.jsonl:1: field 'dialog' has no turn to be learnt"),
-    "answers that a conversation has no place for": (
-        line(messages=[*USER, *said("a")], chosen="b"),
-        "in.jsonl:1: field 'chosen' is not part of format messages and would be lost",
-    ),
-    "a prompt that is not the conversation's": (
-        GOOD + line(question="q", answer="a", prompt="another"),
-        "in.jsonl:2: field 'prompt' is not part of format question_answer and would be lost",
-    ),
-    "rejected answers under two names": (
-        line(messages=[*USER, *said("a")], rejected_response="b", rejected=["c"]),
-        "in.jsonl:1: field 'rejected' is not part of format ms_swift and would be lost",
-    ),
     "rejected answers of numbers": (GOOD + line(question="q", answer="a", rejected=[5]), "in.jsonl:2: rejected[0] must be text, got int"),
-    "rejected messages": (line(messages=[*USER, *said("a")], rejected=said("b")), "in.jsonl:1: rejected[0] must be text, got dict"),
-    "rejected of a dict": (line(instruction="i", output="o", rejected={"a": 1}), "in.jsonl:1: field 'rejected' must be a list, got dict"),
-    "answers behind an answer": (
-        line(messages=[*USER, *said("a")], chosen="b", rejected="c"),
-        "in.jsonl:1: the prompt must end with a user's or a tool's turn, got assistant",
-    ),
-    "a user's turn for an answer": (
-        line(conversations=[{"from": "human", "value": "q"}], chosen={"from": "human", "value": "a"}, rejected="c"),
-        "in.jsonl:1: field 'chosen' must be one assistant message",
-    ),
-    "two questions": (line(question="q", input="i", chosen="a b", rejected="a c"), "in.jsonl:1: one field must hold the question"),
-    "a question in a context": (
-        line(question="q", context="c", chosen="a b", rejected="a c"),
-        "in.jsonl:1: field 'context' looks like a prompt, but format question_preference does not use it",
-    ),
     "empty file": (b"", "no records left (empty input)"),
     "blank lines only": (b"\n  \n\r\n", "no records left (empty input)"),
     "all of it duplicates": (GOOD * 3, "2 of 3 records dropped, more than --max-drop-fraction 0.5 (duplicate 2)"),
