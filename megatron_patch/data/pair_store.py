@@ -115,8 +115,8 @@ class PairStoreWriter:
 
     def __enter__(self) -> "PairStoreWriter":
         self.prefix.parent.mkdir(parents=True, exist_ok=True)
-        for suffix in (*_DATA_SUFFIXES, ".json"):
-            remove_stale(_file(self.prefix, suffix))
+        for path in store_files(self.prefix):
+            remove_stale(path)
         self._sequences = IndexedFile(self._temporary(".bin"))
         return self
 
@@ -203,6 +203,11 @@ class PairStoreWriter:
 def _scored(kind: str) -> slice:
     """Which sequences of a document the loss looks at."""
     return {"pairs": slice(1, None), "sft": slice(1, None, 2), "text": slice(None)}[kind]
+
+
+def store_files(prefix: str | Path) -> list[Path]:
+    """The files of a store without reference log-probs."""
+    return [_file(Path(prefix), suffix) for suffix in (*_DATA_SUFFIXES, ".json")]
 
 
 def _file(prefix: Path, suffix: str) -> Path:

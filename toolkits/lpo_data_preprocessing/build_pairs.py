@@ -14,7 +14,7 @@ from contextlib import closing
 from pathlib import Path
 
 from megatron_patch.data.atomic_files import sha256_file
-from megatron_patch.data.pair_store import PairStoreWriter
+from megatron_patch.data.pair_store import PairStoreWriter, store_files
 from toolkits.lpo_data_preprocessing.documents import Chunk, Outcome, Settings, document_maker
 from toolkits.lpo_data_preprocessing.finished import Ingredients, make_once
 from toolkits.lpo_data_preprocessing.records import StageParser, Tally, close_stage, progress, read_lines, run_stage
@@ -97,7 +97,7 @@ def _run(args: argparse.Namespace) -> str:
     args.response_end = args.response_end or (END_OF_TEXT if args.kind == "text" else "<|im_end|>")
     tokenizer = ChatTokenizer(args.tokenizer, response_end=args.response_end, chat=args.kind != "text")
     fingerprints = {"tokenizer": tokenizer.fingerprint, "template": tokenizer.template_fingerprint}
-    ingredients = Ingredients([Path(args.input)], [Path(f"{args.output}.json")], fingerprints)
+    ingredients = Ingredients([Path(args.input)], store_files(args.output), fingerprints)
     return make_once(args, ingredients, lambda: _build(args, tokenizer))
 
 

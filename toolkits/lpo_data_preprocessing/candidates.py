@@ -39,8 +39,8 @@ from toolkits.lpo_data_preprocessing.records import (
     jsonl_writer,
     progress,
     read_records,
-    refuse_existing,
     run_stage,
+    tally_path,
 )
 from toolkits.lpo_data_preprocessing.tokenise import ChatTokenizer
 
@@ -211,8 +211,12 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--merge: one process puts the shards together; give one of --shard and --merge")
     if args.overwrite and args.shard:
         raise ValueError("--overwrite: shards would remove each other's blocks; remove the output and its .blocks folder first")
-    ours = any(Path(f"{args.output}{suffix}").exists() for suffix in (".plan.json", ".blocks/plan.json"))
-    refuse_existing(args.output, args.overwrite or ours)
+    if not args.overwrite:
+        _finished(args).refuse_strangers()
+
+
+def _finished(args: argparse.Namespace) -> Finished:
+    return Finished(args.output, [Path(args.output)], [tally_path(args.output)])
 
 
 def _load_tokenizer(args: argparse.Namespace) -> ChatTokenizer | None:
@@ -243,9 +247,9 @@ def _merge(args: argparse.Namespace, blocks: Blocks, finished: Finished, plan: d
         named = ", ".join(blocks.path(number).name for number in missing[:5])
         raise ValueError(f"{blocks.folder}: {len(missing)} of {blocks.count} blocks are missing ({named}): a shard has not finished")
     tally = Tally()
-    merged = blocks.merge(args.output, tally, args.max_drop_fraction)
-    summary = close_stage(tally, args.output)
-    finished.record(plan)
+    with finished.made(plan):
+        merged = blocks.merge(args.output, tally, args.max_drop_fraction)
+        summary = close_stage(tally, args.output)
     shutil.rmtree(blocks.folder)
     return summary + merged.notes()
 
@@ -256,7 +260,7 @@ def _run(args: argparse.Namespace) -> str:
     records = _read_input(args.input)
     tokenizer = _load_tokenizer(args)
     blocks = Blocks(Path(f"{args.output}.blocks"), -(-len(records) // BLOCK))
-    plan, finished = _plan(args, tokenizer), Finished(args.output, [Path(args.output)])
+    plan, finished = _plan(args, tokenizer), _finished(args)
     if args.overwrite:
         finished.path.unlink(missing_ok=True)
         shutil.rmtree(blocks.folder, ignore_errors=True)
@@ -265,8 +269,6 @@ def _run(args: argparse.Namespace) -> str:
             shutil.rmtree(blocks.folder, ignore_errors=True)  # an interruption may have left it
         return f"finished before with the same plan, kept -> {args.output}"
     blocks.open(plan)
-    if not args.shard:
-        finished.remove_stale()
     found, made = (0, 0) if args.merge else _make_blocks(args, blocks, records, tokenizer)
     if args.shard:
         return f"shard {args.shard}: {found} blocks found, {made} made -> {blocks.folder} (--merge puts the output together)"

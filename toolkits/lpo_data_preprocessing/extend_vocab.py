@@ -23,7 +23,7 @@ from pathlib import Path
 from megatron_patch.checkpoint import hf_files
 from megatron_patch.checkpoint.hf_rows import NewRows, RowWriter, plan_rows
 from toolkits.lpo_data_preprocessing.added_tokens import TokenizerFiles, check_round_trip, file_tokens, pattern_tokens
-from toolkits.lpo_data_preprocessing.finished import Ingredients, make_once
+from toolkits.lpo_data_preprocessing.finished import Ingredients, make_once, plan_path
 from toolkits.lpo_data_preprocessing.records import CommandParser, progress, run_stage
 
 MARKER = "extend_vocab.json"
@@ -43,6 +43,8 @@ class Extension:
         self.source, self.output = Path(args.input), Path(args.output)
         if self.output.resolve() == self.source.resolve():
             raise ValueError(f"{args.output}: is the input too; give another --output")
+        if self.output.exists() and not ((self.output / MARKER).exists() or plan_path(self.output).exists()):
+            raise ValueError(f"{self.output}: exists and was not made by extend_vocab (no {MARKER} in it): it is not overwritten")
         given = _given_tokens(args)
         self.tokenizer, self.weights = TokenizerFiles(self.source), RowWriter(self.source)
         self.tokenizer.check_new(given)
@@ -50,19 +52,17 @@ class Extension:
         options = {"multiple_of": args.multiple_of, "noise": args.noise, "seed": args.seed}
         self.rows = plan_rows(self.first_id, len(given), self.weights.shape, **options)
 
-    def refuse(self) -> None:
-        """ValueError if the output is no earlier one of this command, or the disk is too small."""
-        if self.output.exists() and not (self.output / MARKER).exists():
-            raise ValueError(f"{self.output}: exists and was not made by extend_vocab (no {MARKER} in it): it is not overwritten")
+    def check_disk(self) -> None:
+        """ValueError if the disk is too small."""
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        beside = sum(path.stat().st_size for one in self._others()[0] for path in (one, *one.rglob("*")) if path.is_file())
+        beside = sum(path.stat().st_size for path in self.copied_files())
         needed, free = self.weights.bytes_needed(self.rows) + beside + _ROOM, shutil.disk_usage(self.output.parent).free
         if free < needed:
             raise ValueError(f"{self.output.parent}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
 
     def write(self) -> str:
         """Write the folder; the stage's closing lines."""
-        self.refuse()
+        self.check_disk()
         hf_files.make_temporary_folder(self.output)
         folder = hf_files.temporary_folder(self.output)
         try:
@@ -73,6 +73,10 @@ class Extension:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         return self._summary() + "".join(f"\n  left out  {name}: weights in another form" for name in left_out)
+
+    def copied_files(self) -> list[Path]:
+        """The files of the source beside its weights: copied, or written anew with the tokens."""
+        return [path for top in self._others()[0] for path in (top, *sorted(top.rglob("*"))) if path.is_file()]
 
     def _others(self) -> tuple[list[Path], list[str]]:
         """What of the source is copied beside what is written anew (files and folders, hidden ones not), and the names left out."""
@@ -134,10 +138,9 @@ def _run(args: argparse.Namespace) -> str:
         **{name: getattr(args, name) for name in ("input", "output", "overwrite", "update", "noise", "seed", "multiple_of")}
     )
     tokens = hashlib.sha256(json.dumps(extension.tokens).encode()).hexdigest()
-    inputs = [path for path in sorted(extension.source.glob("*.json*")) if path.name != hf_files.INDEX_FILE]
     fingerprints = {"tokens": tokens, "weights": hf_files.weights_fingerprint(extension.source)}
-    outputs = [extension.output / name for name in (MARKER, "config.json", "tokenizer.json")]
-    return make_once(decisive, Ingredients(inputs, outputs, fingerprints), extension.write)
+    ingredients = Ingredients(extension.copied_files(), [extension.output], fingerprints, counts=False)
+    return make_once(decisive, ingredients, extension.write)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -268,7 +268,7 @@ def run_stage(parser: CommandParser, run: Callable[[argparse.Namespace], str], a
 
 def tally_path(output: str | Path) -> Path:
     """Where a stage's counts are kept."""
-    return Path(f"{output}.tally.json")
+    return Path(f"{Path(output)}.tally.json")
 
 
 def close_stage(tally: Tally, output: str | Path) -> str:
