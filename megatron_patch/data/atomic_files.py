@@ -1,17 +1,22 @@
 """Files that appear whole or not at all: written under a temporary name in the same folder, flushed, then renamed.
 
-The same folder, because a rename is atomic only within one file system. The temporary name carries the process id: two writers of one
-file do not spoil each other's bytes, the last rename wins.
+The same folder, because a rename is atomic only within one file system. The temporary name is one process's alone, also among the nodes
+that share a file system, where process ids repeat: two writers of one file do not spoil each other's bytes, the last rename wins.
 """
 
 import glob
 import hashlib
 import json
 import os
+import secrets
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+_START = secrets.token_hex(4)
+"""Tells apart processes of one number on one host: in containers, and after a reboot."""
 
 
 @contextmanager
@@ -32,13 +37,27 @@ def atomic_path(final: str | Path) -> Iterator[Path]:
 
 def temporary_path(final: Path) -> Path:
     """The hidden name under which this process writes `final`."""
-    return final.with_name(f".{final.name}.tmp-{os.getpid()}")
+    return final.with_name(f".{final.name}.tmp-{_START}-{os.getpid()}-{socket.gethostname()}")
 
 
 def remove_stale(final: Path) -> None:
-    """Remove what killed writers of `final` left; nobody may be writing it now."""
+    """Remove what killed writers of `final` left. For the owner of `final` only, the one who writes it from now on: another host's writer
+    cannot be asked whether it lives (a job that goes on elsewhere when its node has died is the owner). One that lives here is spared.
+    """
     for path in final.parent.glob(f".{glob.escape(final.name)}.tmp-*"):
-        path.unlink(missing_ok=True)
+        _, process, host = [*path.name.rpartition(".tmp-")[2].split("-", 2), "", ""][:3]
+        if host != socket.gethostname() or process == str(os.getpid()) or not _lives(process):
+            path.unlink(missing_ok=True)
+
+
+def _lives(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def flush(path: Path) -> None:
