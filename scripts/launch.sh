@@ -4,11 +4,17 @@
 #   spread PER_NODE COMMAND...          COMMAND PER_NODE times on every node, numbered by SLURM_PROCID or RANK
 #   sharded PER_NODE PYTHON WORDS...    a stage that knows --shard and --merge, spread
 #   supervise COMMAND...                COMMAND, with SIGTERM to this shell passed on to it
+#   refuse MESSAGE                      a user's error: one line, exit code 2
+#   lies_in NAME PATH                   whether PATH is, or is below, what NAME names, a path or a glob
 # Environment: CONFIG (a file with more of these), DEVICE (auto, cuda or cpu: the one switch between GPUs and CPU), NPROC_PER_NODE
 # (default: the GPUs of a node that CUDA_VISIBLE_DEVICES leaves, else 1), MASTER_PORT, PRECISION (bf16 on GPUs, fp32 on the CPU).
 # The terminal shows lines that start with "[" (one a stage, a step or an error); everything goes to OUTPUT/logs/NAME.log.
-# SLURM does not hand --cpus-per-task on to srun; this file does.
+# SLURM does not hand --cpus-per-task on to srun; this file does, divided where a node has several tasks.
 # Exit code: 0 finished, 2 a user's error, 75 preempted (please requeue), 1 anything else.
+
+refuse() { echo "[error] $*" >&2; exit 2; }
+# shellcheck disable=SC2053 # a glob may match
+lies_in() { [[ $(realpath -m "$2")/ == $(realpath -m "$1")/* ]]; }
 
 # CONFIG, a file of NAME=VALUE lines (# opens a comment): choices that the environment does not make.
 read_config() {
@@ -16,13 +22,13 @@ read_config() {
   while IFS= read -r line || [ -n "$line" ]; do
     number=$((number + 1))
     [[ $line =~ ^[[:space:]]*(#.*)?$ ]] && continue
-    [[ $line =~ ^([A-Z][A-Z0-9_]*)=(.*)$ ]] || { echo "[error] $1:$number: not NAME=VALUE: $line" >&2; return 2; }
+    [[ $line =~ ^([A-Z][A-Z0-9_]*)=(.*)$ ]] || refuse "$1:$number: not NAME=VALUE: $line"
     [ -n "${!BASH_REMATCH[1]+set}" ] || export "${BASH_REMATCH[1]}=${BASH_REMATCH[2]}"
   done <"$1"
 }
 if [ -n "${CONFIG:-}" ]; then
-  [ -f "$CONFIG" ] || { echo "[error] CONFIG: no file $CONFIG" >&2; exit 2; }
-  read_config "$CONFIG" || exit 2
+  [ -f "$CONFIG" ] || refuse "CONFIG: no file $CONFIG"
+  read_config "$CONFIG"
 fi
 
 PYTHON=${PYTHON:-$ROOT/.venv/bin/python}
@@ -49,10 +55,11 @@ DEVICE=${DEVICE:-auto}
 case $DEVICE in
   auto | cuda) GPUS=$(gpu_count) ;;
   cpu) GPUS=0 ;;
-  *) echo "[error] DEVICE: '$DEVICE' is none of auto, cuda, cpu" >&2; exit 2 ;;
+  *) refuse "DEVICE: '$DEVICE' is none of auto, cuda, cpu" ;;
 esac
 NNODES=${SLURM_NNODES:-1}
-[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+CPUS=$((${SLURM_CPUS_PER_TASK:-0} * ${SLURM_NTASKS_PER_NODE:-1})) # of a node, if SLURM was asked for a number
+[ "$CPUS" = 0 ] || export SRUN_CPUS_PER_TASK=$CPUS                    # of a step's only task there
 NPROC_PER_NODE=${NPROC_PER_NODE:-$((GPUS > 0 ? GPUS : 1))}
 PRECISION=${PRECISION:-$([ "$GPUS" -gt 0 ] && echo bf16 || echo fp32)}
 
@@ -100,14 +107,14 @@ in_image() {
   elif command -v apptainer >/dev/null; then
     PREFIX=(apptainer exec --nv --bind "$mounts" "$1")
   else
-    echo "[error] an image ($1) needs pyxis or apptainer, and neither is here" >&2
-    return 2
+    refuse "an image ($1) needs pyxis or apptainer, and neither is here"
   fi
 }
 
 spread() {
   local per_node=$1 number code=0 jobs=(); shift
   if [ -n "${SLURM_JOB_ID:-}" ]; then
+    [ "$CPUS" = 0 ] || local -x SRUN_CPUS_PER_TASK=$((CPUS > per_node ? CPUS / per_node : 1))
     supervise srun --ntasks=$((NNODES * per_node)) --ntasks-per-node="$per_node" "${SRUN_FLAGS[@]}" "${PREFIX[@]}" "$@"
     return
   fi

@@ -169,6 +169,35 @@ def test_slurm_s_cpus_reach_srun(tmp_path: Path) -> None:
     assert shell(tmp_path, "env | grep ^SRUN_CPUS_PER_TASK", {}, SLURM_CPUS_PER_TASK="6").stdout == "SRUN_CPUS_PER_TASK=6\n"
 
 
+@pytest.mark.parametrize(
+    ("tasks", "asked", "here", "cpus"),
+    [
+        (1, {"SLURM_CPUS_PER_TASK": "96"}, "1", "96"), (8, {"SLURM_CPUS_PER_TASK": "96"}, "2", "12"),
+        (8, {"SLURM_CPUS_PER_TASK": "4"}, "1", "1"), (8, {"SLURM_CPUS_PER_TASK": "12", "SLURM_NTASKS_PER_NODE": "8"}, "1", "12"),
+        (8, {}, "1", "none"),
+    ],
+)  # fmt: skip
+def test_a_node_s_cpus_are_its_tasks_together(tmp_path: Path, tasks: int, asked: dict[str, str], here: str, cpus: str) -> None:
+    """srun would ask for that number as often as a node has tasks; the step after it has one task a node."""
+    stubs = {"srun": 'echo "${SRUN_CPUS_PER_TASK:-none}"', "scontrol": "echo n1"}
+    script = f"spread {tasks} work; NNODES=2 run_torch entry"
+    done = shell(tmp_path, script, stubs, SLURM_JOB_ID="7", SLURM_NNODES=here, SLURM_JOB_NODELIST="n1", **asked)
+    a_node = int(asked.get("SLURM_CPUS_PER_TASK", 0)) * int(asked.get("SLURM_NTASKS_PER_NODE", 1))
+    assert done.stdout.split() == [cpus, str(a_node or "none")], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "below"),
+    [
+        ("data", "data/out", True), ("data", "data", True), ("data/", "./data/a/b", True), ("data", "data2", False), (".", "out", True),
+        ("data/a.jsonl", "data/out", False), ("data/*.jsonl", "data/out", False), ("data/*", "data/out", True),
+        ("data/*/raw", "data/x/raw/out", True),
+    ],
+)  # fmt: skip
+def test_lies_in(tmp_path: Path, name: str, path: str, below: bool) -> None:
+    assert shell(tmp_path, f"lies_in '{name}' '{path}' && echo yes || echo no", {}).stdout == ("yes\n" if below else "no\n")
+
+
 def test_the_port_is_the_job_s(tmp_path: Path) -> None:
     """Two jobs on one node do not meet; the first node's address, not its name, is where the others look for it."""
     scontrol = 'case $2 in hostnames) printf "n7\\nn8\\n" ;; node) echo "NodeName=$3 Arch=x NodeAddr=10.0.0.7 NodeHostName=n7" ;; esac'

@@ -27,9 +27,12 @@ source "$ROOT/scripts/launch.sh"
 OUTPUT=${OUTPUT:-$ROOT/outputs/pairs} STAGES=${STAGES:-normalise candidates select build_pairs reference_logps} SEED=${SEED:-1} N=${N:-1}
 TEMPERATURE=${TEMPERATURE:-1.0} TOP_P=${TOP_P:-1.0} MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-1024} ENGINE=${ENGINE:-transformers}
 ENGINE_TP=${ENGINE_TP:-1} TP=${TP:-1} PP=${PP:-1} MAX_LENGTH=${MAX_LENGTH:-4096} VALID_FRACTION=${VALID_FRACTION:-0}
-shards=$((GPUS > 0 ? GPUS / ENGINE_TP : 1)) # a node
-splits=(train) split_flags=()
-[ "$VALID_FRACTION" = 0 ] || { splits+=(valid); split_flags=(--valid-fraction "$VALID_FRACTION" --valid-output "$OUTPUT/valid.jsonl"); }
+[[ $ENGINE_TP =~ ^[1-9][0-9]*$ && $ENGINE_TP -le $((GPUS > 0 ? GPUS : 1)) ]] || refuse "ENGINE_TP: '$ENGINE_TP' GPUs of a node that has $GPUS"
+[[ $VALID_FRACTION =~ ^0?(\.[0-9]*)?$ ]] || refuse "VALID_FRACTION: '$VALID_FRACTION' is no fraction from 0 to below 1, such as 0.05"
+! lies_in "$INPUT" "$OUTPUT" || refuse "OUTPUT: $OUTPUT lies in INPUT ($INPUT), and would be read as data"
+shards=$((GPUS > 0 ? GPUS / ENGINE_TP : 1)) splits=(train) split_flags=() # shards of a node
+[[ ! $VALID_FRACTION =~ [1-9] ]] || { splits+=(valid); split_flags=(--valid-fraction "$VALID_FRACTION" --valid-output "$OUTPUT/valid.jsonl"); }
+[[ ${splits[1]:-} || ! -e $OUTPUT/valid.plan.json ]] || refuse "VALID_FRACTION: 0 puts prompts of $OUTPUT/valid into train: remove valid.*"
 echo "[plan] $STAGES: $INPUT -> $OUTPUT, model $HF_PATH, seed $SEED, $NNODES node(s), $GPUS GPU(s) each"
 echo "[plan] candidates: $N a prompt, temperature $TEMPERATURE, top-p $TOP_P, $MAX_NEW_TOKENS tokens; $ENGINE, $((NNODES * shards)) shard(s)"
 echo "[plan] stores: $MAX_LENGTH tokens, validation $VALID_FRACTION; reference: TP $TP, PP $PP, $NPROC_PER_NODE process(es) a node"
@@ -55,6 +58,6 @@ for name in $STAGES; do
       flags=(--hf-path "$HF_PATH" --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" --seq-length "$MAX_LENGTH")
       [ "$TP" -gt 1 ] && flags+=(--sequence-parallel)
       launch reference "$OUTPUT" toolkits.lpo_data_preprocessing.reference_logps "${flags[@]}" --pair-data "${splits[@]/#/$OUTPUT/}" "$@" ;;
-    *) echo "[error] STAGES: unknown stage '$name'" >&2; exit 2 ;;
+    *) refuse "STAGES: unknown stage '$name'" ;;
   esac
 done
