@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from multiprocessing import connection, forkserver, resource_tracker
 from typing import Any
@@ -56,11 +56,9 @@ class _Worker:
         """The number of the item it has, -1 when it waits for one."""
 
     def give(self, number: int, item: Any) -> None:
-        """Hand over one item."""
-        try:
+        """Hand over one item. A worker that has ended already says why when its result is taken."""
+        with suppress(OSError):
             self.pipe.send(item)
-        except OSError:
-            raise self._gone() from None
         self.item = number
 
     def take(self) -> Any:

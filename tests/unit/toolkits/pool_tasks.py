@@ -35,3 +35,13 @@ def killed_at(number: int):
         return given
 
     return same
+
+
+def fails_to_start():
+    """A worker that cannot be made."""
+    raise ValueError("no tokenizer here")
+
+
+def leaves():
+    """A worker that ends before it has said anything."""
+    os._exit(3)

@@ -38,3 +38,15 @@ def test_mistakes_come_back_in_their_place_and_nobody_stays_behind():
 def test_a_killed_worker_is_an_error():
     with pytest.raises(OSError, match=r"worker process \d+ was ended by signal 9 .out of memory"):
         list(ordered_map(pool_tasks.killed_at, (7,), range(40), 2))
+
+
+@pytest.mark.parametrize("size", [1, 5_000_000])
+def test_why_a_worker_could_not_start(size):
+    """Also if its first item is more than the pipe holds, so that it ends while that is handed over."""
+    with pytest.raises(ValueError, match="no tokenizer here"):
+        list(ordered_map(pool_tasks.fails_to_start, (), ["x" * size] * 4, 2))
+
+
+def test_a_worker_that_ends_while_it_is_given_something():
+    with pytest.raises(OSError, match=r"worker process \d+ ended with code 3"):
+        list(ordered_map(pool_tasks.leaves, (), ["x" * 5_000_000] * 4, 2))
