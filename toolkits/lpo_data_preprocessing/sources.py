@@ -152,9 +152,15 @@ def _rows(path: Path) -> Iterator[tuple[str, Record]]:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path, buffer_size=_BUFFER_BYTES) as file:
-            for batch in file.iter_batches(_BATCH_ROWS):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path}:row {number}", row
+            for row in _row_groups(file):
+                number += 1
+                yield f"{path}:row {number}", row
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not readable as parquet after row {number} ({error})") from None
+
+
+def _row_groups(file: pyarrow.parquet.ParquetFile) -> Iterator[Record]:
+    """All rows, a row group at a time: asked for all of them at once, pyarrow keeps what it has read of every one to the end."""
+    for group in range(file.num_row_groups):
+        for batch in file.iter_batches(_BATCH_ROWS, row_groups=[group]):
+            yield from batch.to_pylist()

@@ -103,7 +103,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, suffix):
         rows = [{"question": f"{i}", "answer": f"{i} " * 1500} for i in range(count)]  # about 9 kB each
         path = tmp_path / f"{count}{suffix}"
         if suffix == ".parquet":
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=200)
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=200, compression="none", use_dictionary=False)
         else:
             lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
             path.write_bytes(gzip.compress(lines, 1) if suffix.endswith("gz") else pyarrow.compress(lines, codec="zstd", asbytes=True))
