@@ -3,8 +3,8 @@
     python -m benchmarks.candidates --model outputs/quickstart/sft/hf --input outputs/quickstart/problems/train.jsonl
 
 Same model, prompts, temperature 1, top-p 1 and limit; float32 on the CPU. The hand-made batches are what one would write: prompts sorted
-by length, padded on the left, 64 at a time. A token counts if the model was asked for it: up to and including the end of its answer (the
-engine gives text: its tokens are counted again). Medians of repetitions in turns; the first round warms up and is not counted.
+by length, padded on the left, 64 at a time. A token counts if the model was asked for it: up to and including the end of its answer, on
+each side as the ids that were generated. Medians of repetitions in turns; the first round warms up and is not counted.
 """
 
 import argparse
@@ -25,18 +25,28 @@ Ids = list[int]
 TARGETS = {"batches by hand": 0.9, "one at a time": 4.0}
 
 
-def ours(args: argparse.Namespace, chat: ChatTokenizer) -> Callable[[Sequence[Ids]], int]:
+class CountingTokenizer(ChatTokenizer):
+    """Counts the ids that an engine has turned into text: tokenised again the text has others, and more of them if the model is untrained."""
+
+    decoded = 0
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`."""
+        self.decoded += len(ids)
+        return super().decode(ids)
+
+
+def ours(args: argparse.Namespace) -> Callable[[Sequence[Ids]], int]:
     """The stage's engine, a block at a time, in the order of the input."""
+    chat = CountingTokenizer(args.model)
     sample = ENGINES["transformers"].load(args, chat)
 
     def run(prompts: Sequence[Ids]) -> int:
-        tokens = 0
+        before, ends = chat.decoded, 0
         for start in range(0, len(prompts), BLOCK):
             block = [Request([], prompt, f"{start + i}/0") for i, prompt in enumerate(prompts[start : start + BLOCK])]
-            for answer in sample(block):
-                ids = chat.tokenizer(answer["text"], add_special_tokens=False, split_special_tokens=False)["input_ids"]
-                tokens += len(ids) + (answer["finish_reason"] == "stop")
-        return tokens
+            ends += sum(answer["finish_reason"] == "stop" for answer in sample(block))  # the end itself is in no text
+        return chat.decoded - before + ends
 
     return run
 
@@ -85,7 +95,7 @@ def main() -> int:
 
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, local_files_only=True).eval()
     sides: dict[str, tuple[Callable[[Sequence[Ids]], int], Sequence[Ids]]] = {
-        "candidates": (ours(args, chat), prompts),
+        "candidates": (ours(args), prompts),
         "batches by hand": (upstream(model, chat, args, BLOCK), prompts),
         "one at a time": (upstream(model, chat, args, 1), prompts[::5]),
     }
