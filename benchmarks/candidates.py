@@ -26,7 +26,7 @@ TARGETS = {"batches by hand": 0.9, "one at a time": 4.0}
 
 
 class CountingTokenizer(ChatTokenizer):
-    """Counts the ids that an engine has turned into text: tokenised again the text has others, and more of them if the model is untrained."""
+    """Counts the ids that an engine turns into text. Tokenised again, the text has others: more of them, if the model is untrained."""
 
     decoded = 0
 
