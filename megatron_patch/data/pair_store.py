@@ -210,6 +210,11 @@ def store_files(prefix: str | Path) -> list[Path]:
     return [_file(Path(prefix), suffix) for suffix in (*_DATA_SUFFIXES, ".json")]
 
 
+def reference_files(prefix: str | Path) -> list[Path]:
+    """The files of the reference log-probs beside a store: the values and what commits them."""
+    return [_file(Path(prefix), suffix) for suffix in (".ref.npy", ".ref.json")]
+
+
 def _file(prefix: Path, suffix: str) -> Path:
     return prefix.with_name(prefix.name + suffix)
 
@@ -332,7 +337,7 @@ def write_reference_logps(
     logps = np.asarray(logps, dtype=np.float64)
     store = PairStore(prefix, kind="pairs")
     _check_logps(store, logps, store.prefix)
-    values, commit_marker = _file(store.prefix, ".ref.npy"), _file(store.prefix, ".ref.json")
+    values, commit_marker = reference_files(store.prefix)
     commit_marker.unlink(missing_ok=True)
     with atomic_path(values) as temporary, open(temporary, "wb") as stream:
         np.save(stream, logps)

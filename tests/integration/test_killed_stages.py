@@ -1,7 +1,7 @@
 """Any stage killed at random moments and started again: the same bytes as one that was left alone.
 
 Stages are forked from a server that has imported everything, so that the moments fall into the work and not into the imports. SIGKILL
-leaves what there is; SIGTERM, SLURM's preemption, ends a stage with exit code 75 and without temporary files.
+leaves what there is; SIGTERM, SLURM's preemption, ends a stage with exit code 75 and without temporary files, while it imports too.
 """
 
 import importlib
@@ -14,22 +14,27 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests import fork_server
+from toolkits.lpo_data_preprocessing import preemption
 
 ROOT = Path(__file__).parents[2]
-STAGES = ("normalise", "candidates", "select", "build_pairs")
-TIMES = {"ci": 3, "full": 20}
+TOOLKIT = "toolkits.lpo_data_preprocessing"
+# A word behind a stage's name is a variant of it. The reference pass comes last: it wants a server of its own.
+CASES = ("normalise", "candidates", "select", "build_pairs", "build_pairs workers", "extend_vocab", "reference_logps")
 pytestmark = pytest.mark.ci
 
 _context = multiprocessing.get_context("forkserver")
-MODULES = [*(f"toolkits.lpo_data_preprocessing.{name}" for name in STAGES), "transformers.models.qwen2.modeling_qwen2"]
+_STAGES = list(dict.fromkeys(case.split()[0] for case in CASES if case != "reference_logps"))
+MODULES = [*(f"{TOOLKIT}.{stage}" for stage in _STAGES), "transformers.models.qwen2.modeling_qwen2"]
+MEGATRON = ["tests.distributed.preloaded", f"{TOOLKIT}.reference_logps"]
 
 
 @dataclass(frozen=True)
@@ -38,31 +43,56 @@ class Materials:
 
     folder: Path
     model: Path
+    whole: dict[str, tuple[dict[str, bytes], float]] = field(default_factory=dict)
+    """By case: what an undisturbed stage makes, and its seconds."""
 
-    def argv(self, stage: str, folder: Path) -> list[str]:
+    def argv(self, case: str, folder: Path) -> list[str]:
         """The stage in ``folder``, reading what the undisturbed stage before it made."""
-        inputs = {"normalise": "in.jsonl", "candidates": "few.jsonl", "select": "sampled.jsonl", "build_pairs": "pairs.jsonl"}
+        if case == "reference_logps":
+            sizes = ["--seq-length", 100, "--block-pairs", 20, "--max-tokens-per-micro-batch", 1000, "--device", "cpu"]
+            return [str(word) for word in ("--hf-path", self.model, "--pair-data", folder / "store", *sizes)]
+        inputs = {
+            "normalise": "in.jsonl", "candidates": "few.jsonl", "select": "sampled.jsonl", "build_pairs": "pairs.jsonl",
+            "build_pairs workers": "many.jsonl", "extend_vocab": "model",
+        }  # fmt: skip
+        tokenise = ["--tokenizer", self.model, "--max-length", 100]
         more = {
             "candidates": ["--model", self.model, "-n", 2, "--max-new-tokens", 6, "--device", "cpu"],
             "select": ["--valid-fraction", 0.1, "--valid-output", folder / "valid"],
-            "build_pairs": ["--tokenizer", self.model, "--max-length", 100],
-        }.get(stage, [])
-        return [str(word) for word in ("--input", self.folder / inputs[stage], "--output", folder / "out", "--update", *more)]
+            "build_pairs": tokenise,
+            "build_pairs workers": [*tokenise, "--workers", 2],
+            "extend_vocab": ["--tokens", 500, "--pattern", "<|audio_{}|>"],
+        }.get(case, [])
+        return [str(word) for word in ("--input", self.folder / inputs[case], "--output", folder / "out", "--update", *more)]
+
+    def prepare(self, case: str, folder: Path) -> None:
+        """What a stage finds in its folder: the reference pass works beside its store."""
+        if not folder.exists():
+            folder.mkdir()
+            for path in self.folder.glob("store.*") if case == "reference_logps" else ():
+                shutil.copy(path, folder)
 
 
-def run_stage(stage: str, argv: list[str]) -> None:
+def run_stage(stage: str, argv: list[str], ready: Connection) -> None:
     """In a forked process: the stage, quietly."""
+    preemption.end_at_once()  # as where "python -m" begins; the stage's own handler follows
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
-    sys.exit(importlib.import_module(f"toolkits.lpo_data_preprocessing.{stage}").main(argv))
+    sys.argv = [stage, *argv]
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    ready.send(True)
+    sys.exit(importlib.import_module(f"{TOOLKIT}.{stage}").main(argv))
 
 
-def start(materials: Materials, stage: str, folder: Path) -> Any:
-    folder.mkdir(exist_ok=True)
-    fork_server.use(MODULES)
-    process = _context.Process(target=run_stage, args=(stage, materials.argv(stage, folder)))
+def start(materials: Materials, case: str, folder: Path) -> Any:
+    """The stage's process, which has just begun."""
+    materials.prepare(case, folder)
+    fork_server.use(MEGATRON if case == "reference_logps" else MODULES)
+    ready, theirs = _context.Pipe()
+    process = _context.Process(target=run_stage, args=(case.split()[0], materials.argv(case, folder), theirs))
     process.start()
+    assert ready.recv()
     return process
 
 
@@ -97,7 +127,12 @@ def materials(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Materials]:
     answers = [[{"text": record["chosen"][:-1] + end, "finish_reason": "stop"} for end in "0123456789"] for record in records]
     both = list(zip(records, answers, strict=True))
     write(folder / "sampled.jsonl", [record | {"candidates": texts} for record, texts in both[:300]])
-    write(folder / "pairs.jsonl", [record | {"rejected": [text["text"] for text in texts[:2]]} for record, texts in both[:300]])
+    pairs = [record | {"rejected": [text["text"] for text in texts[:2]]} for record, texts in both]
+    write(folder / "pairs.jsonl", pairs[:300])
+    write(folder / "many.jsonl", pairs)
+    start(made, "build_pairs", folder / "stored").join()
+    for suffix in (".bin", ".idx", ".meta.npz", ".json"):
+        shutil.copy(folder / f"stored/out{suffix}", folder / f"store{suffix}")
     yield made
 
 
@@ -105,18 +140,18 @@ def write(path: Path, records: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-def undisturbed(materials: Materials, stage: str, folder: Path) -> tuple[dict[str, bytes], float]:
-    """What the stage makes, and the seconds it takes."""
+def finish(materials: Materials, case: str, folder: Path) -> tuple[dict[str, bytes], float]:
+    """What the stage makes, and the seconds it takes once it has begun."""
+    process = start(materials, case, folder)
     started = time.monotonic()
-    process = start(materials, stage, folder)
     process.join()
     assert process.exitcode == 0
     return contents(folder), time.monotonic() - started
 
 
-def stopped(materials: Materials, stage: str, folder: Path, after: float, number: signal.Signals) -> int | None:
+def stop(materials: Materials, case: str, folder: Path, after: float, number: signal.Signals) -> int | None:
     """The exit code of a stage that gets a signal after so many seconds."""
-    process = start(materials, stage, folder)
+    process = start(materials, case, folder)
     process.join(after)
     if process.is_alive():
         os.kill(process.pid, number)
@@ -124,41 +159,55 @@ def stopped(materials: Materials, stage: str, folder: Path, after: float, number
     return process.exitcode
 
 
-Check = Callable[[Path, int | None], None]
+def check_end(folder: Path, code: int | None, number: signal.Signals) -> None:
+    """Preempted, a stage says so and leaves nothing for others to clean up."""
+    if number == signal.SIGKILL:
+        assert code == -signal.SIGKILL
+    else:
+        assert code == 75
+        assert not [name for name in contents(folder) if ".tmp-" in name or ".partial/" in name]
 
 
-def disturb(materials: Materials, stage: str, folder: Path, times: int, check: Check, number: signal.Signals) -> int:
-    """Stop the stage ``times`` times, each in a new folder, and let it end; returns how often it was really stopped."""
-    expected, seconds = undisturbed(materials, stage, folder / "whole")
+def plan() -> Iterator[Any]:
+    """(case, signal, times); both signals of a stage in turn, so that the servers change once."""
+    fewer = {"build_pairs workers": (1, 1), "reference_logps": (2, 1)}  # which take seconds to begin
+    for case in CASES:
+        for number, times in zip((signal.SIGKILL, signal.SIGTERM), fewer.get(case, (3, 3)), strict=True):
+            yield pytest.param(case, number, times, id=f"{case}-{number.name}")
+        yield pytest.param(case, signal.SIGKILL, 20, id=f"{case}-full", marks=pytest.mark.full)
+
+
+@pytest.mark.parametrize(("case", "number", "times"), plan())
+def test_stopped(materials: Materials, tmp_path: Path, case: str, number: signal.Signals, times: int) -> None:
+    """Stopped so many times, each in a new folder, and started again there. A stage that was faster than the signal does not count."""
+    if case not in materials.whole:
+        materials.whole[case] = finish(materials, case, tmp_path / "whole")
+    expected, seconds = materials.whole[case]
     assert expected
-    moments, hit = random.Random(f"{stage}{times}"), 0
-    for attempt in range(times):
-        place = folder / f"{attempt:02d}"
-        code = stopped(materials, stage, place, moments.uniform(0, seconds), number)
-        check(place, code)
-        hit += code != 0
-        again, _ = undisturbed(materials, stage, place)
-        assert again == {name: data.replace(b"/whole", f"/{place.name}".encode()) for name, data in expected.items()}
+    moments, stopped = random.Random(f"{case}{times}"), 0
+    for attempt in range(4 * times):
+        place = tmp_path / f"{attempt:02d}"
+        code = stop(materials, case, place, moments.uniform(0, seconds), number)
+        if code != 0:
+            check_end(place, code, number)
+            assert finish(materials, case, place)[0] == expected
+            stopped += 1
+        else:
+            seconds /= 2  # measured while the machine was busier
         shutil.rmtree(place)
-    return hit
+        if stopped == times:
+            return
+    raise AssertionError(f"{stopped} of {times} signals came in time")
 
 
-def nothing(_: Path, code: int | None) -> None:
-    assert code in (0, -signal.SIGKILL)
-
-
-def clean(folder: Path, code: int | None) -> None:
-    """Also when the signal falls between the process's start and the stage's."""
-    assert code in (0, 75, -signal.SIGTERM)
-    assert code == -signal.SIGTERM or not [name for name in contents(folder) if ".tmp-" in name]
-
-
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("tier", ["ci", pytest.param("full", marks=pytest.mark.full)])
-def test_killed(materials: Materials, tmp_path: Path, stage: str, tier: str) -> None:
-    assert disturb(materials, stage, tmp_path, TIMES[tier], nothing, signal.SIGKILL) > 0
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_preempted(materials: Materials, tmp_path: Path, stage: str) -> None:
-    assert disturb(materials, stage, tmp_path, 3, clean, signal.SIGTERM) > 0
+@pytest.mark.parametrize("stage", ["build_pairs", "reference_logps"])
+def test_preempted_while_it_imports(stage: str) -> None:
+    """As it is started by users, torch and transformers being imported."""
+    process = subprocess.Popen([sys.executable, "-m", f"{TOOLKIT}.{stage}"], cwd=ROOT, stderr=subprocess.DEVNULL)
+    maps = Path(f"/proc/{process.pid}/maps")
+    deadline = time.monotonic() + 60
+    while "numpy" not in maps.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 75

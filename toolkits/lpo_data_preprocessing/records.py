@@ -22,10 +22,10 @@ from typing import Any, BinaryIO, NoReturn
 from tqdm import tqdm
 
 from megatron_patch.data.atomic_files import atomic_path, write_json
+from toolkits.lpo_data_preprocessing.preemption import PREEMPTED
 
 Record = dict[str, Any]
 Message = dict[str, str]
-PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: please start again
 ROLES = ("system", "user", "assistant", "tool")
 MAX_LINE_BYTES = 64 * 2**20
 """A longer line is a mistake (a file of another kind), and would be read into memory whole."""

@@ -5,10 +5,12 @@
 
 Same store, batches, model and log-prob code as training, forward only, at any TP x PP x DP. Writes ``<prefix>.ref.npy`` (float64
 [pairs, 2], sums in nats) and ``<prefix>.ref.json`` (fingerprints of store and weights) beside each store. Work is done in blocks;
-what is finished survives an interruption in ``<prefix>.ref.partial.npz`` and is not computed again; neither is a finished store.
+what is finished survives an interruption in ``<prefix>.ref.partial.npz`` and is not computed again; neither is a finished store. SIGTERM
+ends a process with exit code 75 (torchrun makes 1 of it, the data job 75).
 """
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -20,6 +22,7 @@ import numpy as np
 from megatron_patch import cpu_backend
 from megatron_patch.arguments import choose_device, requested_device
 from megatron_patch.entry import parse_arguments, user_errors
+from toolkits.lpo_data_preprocessing.preemption import end_between_writes, writing
 
 _COMMAND = "torchrun --nproc-per-node {} -m toolkits.lpo_data_preprocessing.reference_logps {}"
 _EXAMPLE = "--hf-path outputs/sft/hf --pair-data data/train data/valid --tensor-model-parallel-size 2 --sequence-parallel"
@@ -107,25 +110,31 @@ class PartialResult:
     def __init__(self, prefix: str, pairs: int, identity: Mapping[str, str]) -> None:
         import torch
 
-        self.path, self.pairs, self.identity = Path(f"{prefix}.ref.partial.npz"), pairs, " ".join(identity.values())
-        found: list[Any] = [(self._read(), self._is_finished(prefix, identity)) if torch.distributed.get_rank() == 0 else None]
+        self.prefix, self.pairs, self.identity = prefix, pairs, " ".join(identity.values())
+        self.path = Path(f"{prefix}.ref.partial.npz")
+        found: list[Any] = [(self._read(), self._is_finished(identity)) if torch.distributed.get_rank() == 0 else None]
         torch.distributed.broadcast_object_list(found, src=0)
         self.logps, self.finished = found[0]
 
     def _read(self) -> np.ndarray:
+        from megatron_patch.data.atomic_files import remove_stale
+        from megatron_patch.data.pair_store import reference_files
+
+        for path in (self.path, *reference_files(self.prefix)):
+            remove_stale(path)
         if self.path.exists():
             with np.load(self.path, allow_pickle=False) as saved:
                 if str(saved["identity"]) == self.identity:
                     return saved["logps"]
         return np.full((self.pairs, 2), np.nan)
 
-    def _is_finished(self, prefix: str, identity: Mapping[str, str]) -> bool:
+    def _is_finished(self, identity: Mapping[str, str]) -> bool:
         """Whether an earlier pass with this store, these weights and this dtype came to its end (a requeued job finds such stores)."""
         from megatron_patch.data.pair_store import PairStore, read_reference_logps, reference_record
 
-        if self.path.exists() or not Path(f"{prefix}.ref.json").exists():
+        if self.path.exists() or not Path(f"{self.prefix}.ref.json").exists():
             return False
-        store = PairStore(prefix, kind="pairs")
+        store = PairStore(self.prefix, kind="pairs")
         try:
             read_reference_logps(store, weights_fingerprint=identity["weights"])
         except ValueError:  # of another store or other weights, or damaged: scored again
@@ -140,7 +149,7 @@ class PartialResult:
         """Write what there is, atomically."""
         from megatron_patch.data.atomic_files import atomic_path
 
-        with atomic_path(self.path) as temporary:
+        with writing, atomic_path(self.path) as temporary:
             with open(temporary, "wb") as stream:
                 np.savez(stream, logps=self.logps, identity=np.array(self.identity))
 
@@ -180,12 +189,14 @@ def score_store(reference: ReferencePass, prefix: str, weights: str) -> None:
         layout = {"tp": args.tensor_model_parallel_size, "pp": args.pipeline_model_parallel_size, "cp": args.context_parallel_size}
         layout["dp"] = args.data_parallel_size
         identity = {"store_fingerprint": samples.stores[0].fingerprint, "weights_fingerprint": weights}
-        write_reference_logps(prefix, partial.logps, **identity, dtype=dtype, extra={"layout": layout, "hf_path": args.hf_path})
-        partial.path.unlink(missing_ok=True)
+        with writing:
+            write_reference_logps(prefix, partial.logps, **identity, dtype=dtype, extra={"layout": layout, "hf_path": args.hf_path})
+            partial.path.unlink(missing_ok=True)
 
 
 def main(argv: list[str]) -> None:
     """Score every store of ``--pair-data`` (weights there are ignored)."""
+    end_between_writes("[preempted] reference: the same command goes on\n" if os.environ.get("RANK", "0") == "0" else "")
     device = choose_device(requested_device(argv))
     if device == "cpu":
         cpu_backend.install()

@@ -1,10 +1,14 @@
-"""What two ranks of the reference pass do with a partial result that only one of them sees."""
+"""The reference pass's partial result: of which two ranks see one, at SIGTERM, and after SIGKILL."""
 
 import subprocess
 import sys
+import time
 
 import numpy as np
-from toolkit_helpers import ROOT
+import pytest
+from toolkit_helpers import ROOT, files
+
+from megatron_patch.data.atomic_files import temporary_path
 
 RANK = """
 import sys
@@ -29,3 +33,47 @@ def test_all_ranks_have_the_work_list_of_rank_0(tmp_path):
     commands = [[sys.executable, "-c", RANK, str(rank), str(tmp_path / "meet"), str(tmp_path / str(rank) / "train")] for rank in (0, 1)]
     ranks = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for command in commands]
     assert [rank.communicate(timeout=60)[0] for rank in ranks] == ["[4, 5] False\n"] * 2
+
+
+SAVING = """
+import os, signal, sys, time
+import numpy as np
+from toolkits.lpo_data_preprocessing import reference_logps
+from toolkits.lpo_data_preprocessing.preemption import end_between_writes
+
+end_between_writes("")
+print("ready", flush=True)
+while sys.argv[1] == "waiting":  # as in a collective
+    time.sleep(60)
+os.fsync = lambda _: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(0.5)) if sys.argv[1] == "saving" else None
+partial = object.__new__(reference_logps.PartialResult)
+partial.path, partial.logps, partial.identity = reference_logps.Path(sys.argv[2]), np.zeros((2, 2)), "s w float32"
+partial.save()
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("moment", ["waiting", "saving"])
+def test_sigterm_ends_it_at_once_but_not_within_a_write(tmp_path, moment):
+    command = [sys.executable, "-c", SAVING, moment, str(tmp_path / "x.npz")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    if moment == "waiting":
+        time.sleep(0.2)
+        process.terminate()
+    assert process.wait(20) == 75
+    assert files(tmp_path) == ([] if moment == "waiting" else ["x.npz"])
+
+
+def test_what_a_killed_one_left_is_removed(tmp_path):
+    """By rank 0, which alone writes."""
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    for suffix in ("ref.partial.npz", "ref.npy", "ref.json"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("os.getpid", lambda: gone.pid)
+            temporary_path(tmp_path / f"train.{suffix}").touch()
+    commands = [[sys.executable, "-c", RANK, str(rank), str(tmp_path / "meet"), str(tmp_path / "train")] for rank in (0, 1)]
+    ranks = [subprocess.Popen(command, cwd=ROOT) for command in commands]
+    assert [rank.wait(60) for rank in ranks] == [0, 0]
+    assert not list(tmp_path.glob(".train.*"))
