@@ -85,6 +85,19 @@ def test_a_second_call_makes_nothing(work: Path, plain: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in plain.iterdir() if path.name != "logs"} == before
 
 
+def test_damaged_stores_are_made_again(work: Path, plain: Path, tmp_path: Path) -> None:
+    """A file that is gone, and four bytes of one: the requeued job heals both."""
+    output = tmp_path / "out"
+    shutil.copytree(plain, output)
+    (output / "train.bin").unlink()
+    with open(output / "valid.bin", "r+b") as file:
+        file.write(b"\xff\xff\xff\x7f")
+    code, out, errors = run(work, output, STAGES="build_pairs")
+    assert code == 0 and "kept ->" not in out, out + errors
+    for name in MADE:
+        assert (output / name).read_bytes() == (plain / name).read_bytes(), name
+
+
 def test_another_option_makes_what_depends_on_it(work: Path, plain: Path, tmp_path: Path) -> None:
     shutil.copytree(plain, tmp_path / "out")
     code, out, errors = run(work, tmp_path / "out", MAX_LENGTH="60", STAGES="normalise candidates select build_pairs")
@@ -191,7 +204,7 @@ def test_two_nodes_make_the_same(work: Path, plain: Path, slurm: dict[str, str],
     repository = work / "repository"
     code, shown = sbatch(work, tmp_path / "out", slurm, JOB, repository)
     assert code == 0, shown
-    assert "2 node(s), 0 GPU(s) each" in shown and "2 shard(s)" in shown and "2 processes, TP 1 x PP 1 x DP 2" in shown
+    assert "2 node(s), 0 GPU(s) each" in shown and "2 shard(s)" in shown and "2 processes, TP 1 x PP 1 x CP 1 x DP 2" in shown
     assert_same(tmp_path / "out", plain)
     code, shown = sbatch(work, tmp_path / "out", slurm, JOB, repository)
     assert code == 0 and shown.count("kept") == 9, shown  # both shards of candidates, and their merge
