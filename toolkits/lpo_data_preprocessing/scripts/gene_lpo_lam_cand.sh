@@ -36,16 +36,13 @@ shards=$((GPUS > 0 ? GPUS / ENGINE_TP : 1)) splits=(train) split_flags=() # shar
 echo "[plan] $STAGES: $INPUT -> $OUTPUT, model $HF_PATH, seed $SEED, $NNODES node(s), $GPUS GPU(s) each"
 echo "[plan] candidates: $N a prompt, temperature $TEMPERATURE, top-p $TOP_P, $MAX_NEW_TOKENS tokens; $ENGINE, $((NNODES * shards)) shard(s)"
 echo "[plan] stores: $MAX_LENGTH tokens, validation $VALID_FRACTION; reference: TP $TP, PP $PP, $NPROC_PER_NODE process(es) a node"
-
-read -ra normalise_flags <<<"${NORMALISE_FLAGS:-}"
-read -ra select_flags <<<"${SELECT_FLAGS:---method lppc}"
+read -ra normalise_flags <<<"${NORMALISE_FLAGS:-}"; read -ra select_flags <<<"${SELECT_FLAGS:---method lppc}"
 stage() { supervise "$PYTHON" -m "toolkits.lpo_data_preprocessing.$1" --input "$2" --output "$3" "${@:4}"; }
 for name in $STAGES; do
   case $name in
     normalise) stage normalise "$INPUT" "$OUTPUT/records.jsonl" "${normalise_flags[@]}" --update ;;
     candidates)
-      read -ra more <<<"${ENGINE_FLAGS:-}"
-      in_image "${CANDIDATES_CONTAINER:-}"
+      read -ra more <<<"${ENGINE_FLAGS:-}"; in_image "${CANDIDATES_CONTAINER:-}"
       sharded "$shards" "${CANDIDATES_PYTHON:-$PYTHON}" -m toolkits.lpo_data_preprocessing.candidates --input "$OUTPUT/records.jsonl" \
         --output "$OUTPUT/candidates.jsonl" --model "$HF_PATH" --engine "$ENGINE" --engine-tensor-parallel "$ENGINE_TP" -n "$N" --seed "$SEED" \
         --temperature "$TEMPERATURE" --top-p "$TOP_P" --max-new-tokens "$MAX_NEW_TOKENS" --device "$DEVICE" --tokenizer "$HF_PATH" "${more[@]}" ;;
