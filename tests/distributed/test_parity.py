@@ -39,6 +39,13 @@ def test_response_log_probs_equal_transformers(
     assert difference.max() <= TOLERANCE, f"{difference.max():.2g} nats per token at pair {difference.max(1).argmax()}"
 
 
+def test_the_pass_ends_with_what_it_found(bench: Bench) -> None:
+    prefix = bench.reference()
+    chosen, rejected = reference(prefix).sum(axis=0) / response_lengths(prefix).sum(axis=0)
+    last = [line for line in prefix.with_suffix(".log.0").read_text().splitlines() if line.startswith("[reference]")][-1]
+    assert f"{PAIRS} pairs scored, on average {chosen:.4f} nats a chosen token, {rejected:.4f} a rejected one" in last
+
+
 def test_reference_in_blocks_with_an_idle_rank(bench: Bench) -> None:
     """A last block of one pair at DP2 leaves one rank without pairs; blocks change nothing."""
     in_blocks = reference(bench.reference("tied", "dp2", "--block-pairs", PAIRS - 1))

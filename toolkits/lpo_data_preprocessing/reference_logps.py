@@ -186,12 +186,17 @@ def score_store(reference: ReferencePass, prefix: str, weights: str) -> None:
             scored = len(samples) - len(todo) + done
             print_line(f"[reference] {prefix}: {scored}/{len(samples)} pairs | {rate:.1f} pairs/s | ETA {eta:.0f} s")
     if args.rank == 0:
-        layout = {"tp": args.tensor_model_parallel_size, "pp": args.pipeline_model_parallel_size, "cp": args.context_parallel_size}
-        layout["dp"] = args.data_parallel_size
+        sizes = ("tensor_model_parallel", "pipeline_model_parallel", "context_parallel", "data_parallel")
+        layout = {name: getattr(args, f"{size}_size") for name, size in zip(("tp", "pp", "cp", "dp"), sizes, strict=True)}
         identity = {"store_fingerprint": samples.stores[0].fingerprint, "weights_fingerprint": weights}
         with writing:
             write_reference_logps(prefix, partial.logps, **identity, dtype=dtype, extra={"layout": layout, "hf_path": args.hf_path})
             partial.path.unlink(missing_ok=True)
+        chosen, rejected = partial.logps.sum(axis=0) / samples.scored_lengths.sum(axis=0)
+        print_line(
+            f"[reference] {prefix}: {len(samples)} pairs scored, on average {chosen:.4f} nats a chosen token, "
+            f"{rejected:.4f} a rejected one -> {prefix}.ref.npy"
+        )
 
 
 def main(argv: list[str]) -> None:
