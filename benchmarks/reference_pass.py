@@ -60,7 +60,7 @@ def measure(folder: Path, case: Case, steps: int, repetitions: int) -> dict[str,
     training: list[float] = []
     for _ in range(repetitions):
         passes += [count / s for count, s in zip(per_block, seconds_of_blocks(folder, case), strict=True)]
-        run = run_ours(folder, case, steps, TOKENS, share=False)
+        run = run_ours(folder, case, steps, TOKENS)
         training += [count / s for count, s in zip(per_step, run["seconds"][1:], strict=True)]
     rates = {"pass": statistics.median(passes), "training": statistics.median(training)}
     return {"case": case.name, "flops_per_second": rates, "ratio": rates["pass"] / rates["training"], "passes": passes, "steps": training}

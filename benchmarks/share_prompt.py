@@ -50,7 +50,8 @@ def measure(folder: Path, ratio: float, steps: int, repetitions: int) -> dict[st
     losses: dict[str, list[float]] = {}
     for _ in range(repetitions):
         for name in seconds:
-            run = run_ours(folder, case, steps, 2 * int((ratio + 1) * RESPONSE), name == "shared")
+            flags = ["--share-prompt"] if name == "shared" else []
+            run = run_ours(folder, case, steps, 2 * int((ratio + 1) * RESPONSE), *flags)
             seconds[name] += run["seconds"][1:]
             losses[name] = run["losses"]
     assert max(abs(a - b) for a, b in zip(*losses.values(), strict=True)) < 1e-4, f"the losses differ: {losses}"

@@ -120,25 +120,25 @@ def reference_pass(folder: Path) -> None:
              "--hf-path", folder / "model", "--pair-data", folder / "pairs")  # fmt: skip
 
 
-def torchrun(*words: object) -> None:
-    """One process, with both cores."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 1, *words]
-    environment = dict(os.environ, OMP_NUM_THREADS="2", PYTHONWARNINGS="ignore")
+def torchrun(*words: object, processes: int = 1) -> None:
+    """Processes that share two cores."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, *words]
+    environment = dict(os.environ, OMP_NUM_THREADS=str(max(1, 2 // processes)), PYTHONWARNINGS="ignore")
     subprocess.run([*map(str, command)], cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
 
 
-def run_ours(folder: Path, case: Case, steps: int, tokens: int, share: bool) -> dict[str, Any]:
-    """Seconds and losses of every step, and the most resident memory, of a training process."""
+def run_ours(folder: Path, case: Case, steps: int, tokens: int, *flags: object, processes: int = 1) -> dict[str, Any]:
+    """Seconds and losses of every step, and the most resident memory of a process."""
     save = folder / f"run-{time.time_ns()}"
     argv = ["--device", "cpu", "--hf-path", folder / "model", "--pair-data", folder / "pairs", "--seq-length", 4096, "--seed", SEED]
     argv += ["--loss-type", "sigmoid", "--beta", BETA, "--global-batch-size", case.batch, "--train-iters", steps, "--lr", RATE]
     argv += ["--min-lr", RATE, "--lr-decay-style", "constant", "--weight-decay", 0, "--adam-beta1", 0.9, "--adam-beta2", 0.999]
     argv += ["--adam-eps", 1e-8, "--clip-grad", 1.0, "--no-parity-check", "--max-tokens-per-micro-batch", tokens]
-    argv += ["--save", save, "--save-interval", 10**6, "--no-save-optim", *(["--share-prompt"] if share else [])]
-    torchrun(ROOT / "examples/qwen2_5/train_qwen.py", *argv)
+    argv += ["--save", save, "--save-interval", 10**6, "--no-save-optim", *flags]
+    torchrun(ROOT / "examples/qwen2_5/train_qwen.py", *argv, processes=processes)
     rows = [json.loads(line) for line in (save / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return {
-        "seconds": [row["seconds"] for row in rows], "losses": [row["loss"] for row in rows],
+        "seconds": [row["seconds"] for row in rows], "losses": [row["loss"] for row in rows], "rows": rows,
         "bytes": max(row["peak_memory_bytes"] for row in rows),
     }  # fmt: skip
 
@@ -333,7 +333,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.side == "trl":
             print(json.dumps(run_trl(args.folder, case, args.steps, args.setting)))
         else:
-            print(json.dumps(run_ours(args.folder, case, args.steps, args.setting, args.side != "ours")))
+            flags = [] if args.side == "ours" else ["--share-prompt"]
+            print(json.dumps(run_ours(args.folder, case, args.steps, args.setting, *flags)))
         return 0
     import torch
     import transformers
