@@ -9,10 +9,10 @@ On a GPU in half precision the kernel is ``torch.nn.attention.varlen`` (FlashAtt
 spread over right-padded grids, one call of ``scaled_dot_product_attention`` each.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from importlib.util import find_spec
+from functools import cache, cached_property
+from inspect import signature
 from itertools import accumulate, chain, pairwise
 from typing import Any, NamedTuple
 
@@ -202,9 +202,19 @@ class _GatherRows(torch.autograd.Function):
         return own, None
 
 
+@cache
+def _varlen_kernel() -> Callable[..., Any] | None:
+    """``torch.nn.attention.varlen.varlen_attn``, where this torch has one that takes what is asked of it."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn if {"window_size", "scale", "enable_gqa"} <= signature(varlen_attn).parameters.keys() else None
+
+
 def has_varlen_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether ``torch.nn.attention.varlen`` computes this: FlashAttention, so CUDA and half precision, torch 2.11 or later."""
-    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and find_spec("torch.nn.attention.varlen") is not None
+    """Whether torch computes this without padding: FlashAttention, so CUDA and half precision."""
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and _varlen_kernel() is not None
 
 
 def kernel_name(device: str, dtype: torch.dtype) -> str:
@@ -227,12 +237,12 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, 
 
 
 def _varlen_attention(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scale: float) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
+    varlen_attn = _varlen_kernel()
+    assert varlen_attn is not None
     if blocks.key_tokens is not None:
         key, value = key.index_select(0, blocks.key_tokens), value.index_select(0, blocks.key_tokens)
     of_queries, of_keys = blocks.cumulative
-    return varlen_attn(  # type: ignore[return-value]  # a pair only with return_aux
+    return varlen_attn(
         query, key, value, of_queries, of_keys, max(blocks.queries), max(blocks.keys),
         window_size=(-1, 0), scale=scale, enable_gqa=query.size(1) != key.size(1),
     )  # fmt: skip

@@ -187,7 +187,8 @@ def test_the_kernel_without_padding_gets_the_blocks_as_it_counts_them(monkeypatc
         assert window_size == (-1, 0) and enable_gqa and (max_q, max_k) == (max(queries), max(keys))
         return naive(query, key, value, Blocks(queries, keys), scale)
 
-    monkeypatch.setattr(varlen, "varlen_attn", stand_in)
+    assert packed_attention._varlen_kernel() is varlen.varlen_attn
+    monkeypatch.setattr(packed_attention, "_varlen_kernel", lambda: stand_in)
     monkeypatch.setattr(packed_attention, "has_varlen_kernel", lambda *_: True)
     for lengths, seen in SHARED.values():
         query, *_ = packed(lengths, 4, 2)
