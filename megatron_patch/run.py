@@ -5,7 +5,6 @@ log-probs. Entries own the process (device, argument parsing, exit code); this m
 """
 
 import argparse
-import importlib.util
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from megatron_patch import loop_hooks
 from megatron_patch.arguments import given_losses
 from megatron_patch.checkpoint import torch_adam
 from megatron_patch.checkpoint.hf_files import weights_fingerprint
-from megatron_patch.checkpoint.hf_io import load_hf_weights, refuse_foreign_folder, save_hf_weights
+from megatron_patch.checkpoint.hf_io import load_hf_weights, save_hf_weights
 from megatron_patch.data.batch_plan import BatchPlan, PairOrder
 from megatron_patch.data.pair_dataset import MicroBatchStream, RowShape, SampleSet, parse_weighted_prefixes, round_up
 from megatron_patch.data.tokenizer_identity import folder_tokenizer_fingerprint
@@ -40,82 +39,12 @@ from megatron_patch.model.qwen2 import read_qwen2_config
 from megatron_patch.objectives import finetune, preference, pretrain
 from megatron_patch.objectives.loss_statistics import LossStatistics
 from megatron_patch.objectives.preference import PreferenceObjective
-from megatron_patch.preference.losses import LossSum, loss_entry, needs_peers, needs_reference
+from megatron_patch.preference.losses import loss_entry, needs_peers, needs_reference
+from megatron_patch.refusals import check_arguments, check_scores, uses_torch_spec
 from megatron_patch.step_checks import StepChecks, StepZero
 from megatron_patch.throughput import useful_flops
 
 STORE_KINDS = {"xpo": preference.STORE_KIND, "finetune": finetune.STORE_KIND, "pretrain": pretrain.STORE_KIND}
-
-
-def check_arguments(args: argparse.Namespace) -> None:
-    """Everything that can be refused without a model, in one process or in many: layout, flags, stores.
-
-    Raises:
-        ValueError: one line that names the flag or the file.
-    """
-    if not args.pair_data:
-        raise ValueError("--pair-data is required: the stores to work on")
-    if args.iterations_to_skip:
-        raise ValueError("--iterations-to-skip hangs in megatron-core 0.19.2; use a different --seed or drop the pairs instead")
-    if args.micro_batch_size != 1:
-        raise ValueError(
-            f"--micro-batch-size {args.micro_batch_size}: micro-batches are planned from tokens; use --max-tokens-per-micro-batch"
-        )
-    if args.share_prompt:
-        _check_sharing(args)
-    if args.logps_chunk_tokens < 1:
-        raise ValueError(f"--logps-chunk-tokens {args.logps_chunk_tokens}: needs at least one token at a time")
-    if not uses_torch_spec(args):
-        _check_transformer_engine(args)
-    if args.fp16:
-        raise ValueError("--fp16 is not supported: its loss scaler needs overflows that our checks stop at; use --bf16")
-    if args.save_hf:
-        refuse_foreign_folder(Path(args.save_hf))
-    _check_tracker(args)
-    if not args.skip_train:
-        _check_schedule(args)
-    given_losses(args)
-
-
-def _check_transformer_engine(args: argparse.Namespace) -> None:
-    if not args.allow_untested:
-        raise ValueError("--transformer-impl transformer_engine: no test has run these layers; --allow-untested goes on")
-    if importlib.util.find_spec("transformer_engine") is None:
-        raise ValueError("--transformer-impl transformer_engine: the package is not installed (requirements-gpu.txt)")
-
-
-def _check_sharing(args: argparse.Namespace) -> None:
-    if args.train_mode != "xpo":
-        raise ValueError(f"--share-prompt: --train-mode {args.train_mode} has one sequence a sample, so nothing to share")
-    if args.context_parallel_size > 1:
-        raise ValueError("--share-prompt with --context-parallel-size > 1 is not supported: prompts are not split over ranks")
-    if not uses_torch_spec(args):
-        raise ValueError("--share-prompt needs the torch layer spec: Transformer Engine's attention knows no shared prompts")
-
-
-def _check_scores(losses: LossSum, samples: SampleSet) -> None:
-    needing = [part.options.loss_type for part in losses if loss_entry(part.options.loss_type).needs_scores]
-    unfit = samples.without_score_gap() if needing else []
-    if unfit:
-        raise ValueError(
-            f"loss {needing[0]} needs pairs whose chosen_score is greater than their rejected_scores (fields of the records that "
-            f"build_pairs reads); {len(unfit)} are not, the first is {unfit[0]}"
-        )
-
-
-def _check_tracker(args: argparse.Namespace) -> None:
-    """Upstream leaves with exit code 0, having trained nothing, when the tracker file is damaged (checkpointing.py:366)."""
-    tracker = Path(args.load or "") / "latest_checkpointed_iteration.txt"
-    if args.load and tracker.exists() and not tracker.read_text(encoding="utf-8").strip():
-        raise ValueError(f"{tracker}: empty; write the number of the last complete iter_ folder into it, or name one with --ckpt-step")
-
-
-def _check_schedule(args: argparse.Namespace) -> None:
-    if not args.train_iters:
-        raise ValueError("--train-iters or --epochs is required: how long to train")
-    decay = args.lr_decay_iters or args.train_iters
-    if args.lr_warmup_iters >= decay:
-        raise ValueError(f"--lr-warmup-iters {args.lr_warmup_iters} must be below {decay}, the steps the learning rate decays over")
 
 
 def announce(args: argparse.Namespace, mode: str, device: str) -> None:
@@ -130,11 +59,6 @@ def announce(args: argparse.Namespace, mode: str, device: str) -> None:
 def precision(args: argparse.Namespace) -> torch.dtype:
     """What the model computes in."""
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-
-
-def uses_torch_spec(args: argparse.Namespace) -> bool:
-    """Whether layers are made of torch modules, as they are by default."""
-    return args.transformer_impl != "transformer_engine"
 
 
 def model_config(args: argparse.Namespace, chunks: list[Any]) -> Any:
@@ -244,7 +168,7 @@ class TrainingRun:
         self.train, self.weights = sample_set(args, args.pair_data, with_reference)
         self.valid = sample_set(args, args.valid_pair_data, with_reference)[0] if args.valid_pair_data else None
         for samples in filter(None, (self.train, self.valid)):
-            _check_scores(self.losses, samples)
+            check_scores(self.losses, samples)
         self.save = Path(args.save) if args.save else None
         self.statistics = LossStatistics(self.losses, changed=self._keep_statistics)
         self.checks = StepChecks(

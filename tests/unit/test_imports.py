@@ -25,9 +25,10 @@ INWARD = {
     "forward_step": {"data", "model", "objectives", "preference", "step_checks"},
     "throughput": {"data", "model"},
     "loop_hooks": {"data", "model", "throughput"},
+    "refusals": {"arguments", "checkpoint", "data", "preference"},
     "run": {
         "arguments", "checkpoint", "data", "errors", "evaluation", "forward_step", "loop_hooks", "model", "objectives", "preference",
-        "step_checks", "throughput",
+        "refusals", "step_checks", "throughput",
     },
     "cpu_backend": set(),
 }  # fmt: skip

@@ -56,6 +56,7 @@ class ReferencePass:
         from megatron_patch import run
         from megatron_patch.forward_step import ForwardStep
         from megatron_patch.model.qwen2 import read_qwen2_config
+        from megatron_patch.refusals import uses_torch_spec
 
         self.args, self.run = args, run
         self.vocab = read_qwen2_config(args.hf_path).vocab
@@ -68,7 +69,7 @@ class ReferencePass:
         self.schedule = get_forward_backward_func()
         self.forward_step = ForwardStep(
             lambda batch, logps: (logps.sum(), batch.lengths.sum(), {}), self.vocab, args.logps_chunk_tokens,
-            torch_spec=run.uses_torch_spec(args),
+            torch_spec=uses_torch_spec(args),
         )  # fmt: skip
 
     def score(self, stream: Any, numbers: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -209,10 +210,11 @@ def main(argv: list[str]) -> None:
 
     from megatron_patch import run
     from megatron_patch.checkpoint.hf_files import weights_fingerprint
+    from megatron_patch.refusals import check_arguments
 
     args = parse_arguments(device, _add_flags)
     run.announce(args, "reference", device)
-    run.check_arguments(args)
+    check_arguments(args)
     if args.load:
         raise ValueError("--load: the reference is the model of --hf-path; export a Megatron checkpoint with --save-hf first")
     prefixes = run.parse_weighted_prefixes(args.pair_data)[0]

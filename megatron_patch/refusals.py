@@ -1,0 +1,100 @@
+"""What a run refuses before there is a model: flags that do not go together or not with this project, and stores that do not fit.
+
+A row of ``REFUSED`` is a question about the flags and the one line that answers a yes. docs/support.md has the pairs of features.
+"""
+
+import argparse
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_patch.arguments import given_losses
+from megatron_patch.checkpoint.hf_io import refuse_foreign_folder
+from megatron_patch.data.pair_dataset import SampleSet
+from megatron_patch.preference.losses import LossSum, loss_entry
+
+
+def uses_torch_spec(args: argparse.Namespace) -> bool:
+    """Whether layers are made of torch modules, as they are by default, and not Transformer Engine's."""
+    return args.transformer_impl != "transformer_engine"
+
+
+def _decay_steps(args: argparse.Namespace) -> int:
+    return args.lr_decay_iters or args.train_iters or 0
+
+
+REFUSED: tuple[tuple[Callable[[argparse.Namespace], object], str], ...] = (
+    (lambda args: not args.pair_data, "--pair-data is required: the stores to work on"),
+    (
+        lambda args: args.iterations_to_skip,
+        "--iterations-to-skip hangs in megatron-core 0.19.2; use a different --seed or drop the pairs instead",
+    ),
+    (
+        lambda args: args.micro_batch_size != 1,
+        "--micro-batch-size {micro_batch_size}: micro-batches are planned from tokens; use --max-tokens-per-micro-batch",
+    ),
+    (lambda args: args.logps_chunk_tokens < 1, "--logps-chunk-tokens {logps_chunk_tokens}: needs at least one token at a time"),
+    (lambda args: args.fp16, "--fp16 is not supported: its loss scaler needs overflows that our checks stop at; use --bf16"),
+    (
+        lambda args: args.hierarchical_context_parallel_sizes,
+        "--hierarchical-context-parallel-sizes is not supported: keys and values are gathered in one group",
+    ),
+    (
+        lambda args: args.share_prompt and args.train_mode != "xpo",
+        "--share-prompt: --train-mode {train_mode} has one sequence a sample, so nothing to share",
+    ),
+    (
+        lambda args: args.share_prompt and args.context_parallel_size > 1,
+        "--share-prompt with --context-parallel-size > 1 is not supported: prompts are not split over ranks",
+    ),
+    (
+        lambda args: args.share_prompt and not uses_torch_spec(args),
+        "--share-prompt needs the torch layer spec: Transformer Engine's attention knows no shared prompts",
+    ),
+    (
+        lambda args: not uses_torch_spec(args) and not args.allow_untested,
+        "--transformer-impl transformer_engine: no test has run these layers; --allow-untested goes on",
+    ),
+    (
+        lambda args: not uses_torch_spec(args) and importlib.util.find_spec("transformer_engine") is None,
+        "--transformer-impl transformer_engine: the package is not installed (requirements-gpu.txt)",
+    ),
+    (lambda args: not args.skip_train and not args.train_iters, "--train-iters or --epochs is required: how long to train"),
+    (
+        lambda args: not args.skip_train and args.lr_warmup_iters >= _decay_steps(args),
+        "--lr-warmup-iters {lr_warmup_iters} must be below {decay_steps}, the steps the learning rate decays over",
+    ),
+)
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Everything that can be refused without a model, in one process or in many: layout, flags, checkpoint.
+
+    Raises:
+        ValueError: one line that names the flag or the file.
+    """
+    for asked, message in REFUSED:
+        if asked(args):
+            raise ValueError(message.format_map({**vars(args), "decay_steps": _decay_steps(args)}))
+    if args.save_hf:
+        refuse_foreign_folder(Path(args.save_hf))
+    _check_tracker(args)
+    given_losses(args)
+
+
+def _check_tracker(args: argparse.Namespace) -> None:
+    """Upstream leaves with exit code 0, having trained nothing, when the tracker file is damaged (checkpointing.py:366)."""
+    tracker = Path(args.load or "") / "latest_checkpointed_iteration.txt"
+    if args.load and tracker.exists() and not tracker.read_text(encoding="utf-8").strip():
+        raise ValueError(f"{tracker}: empty; write the number of the last complete iter_ folder into it, or name one with --ckpt-step")
+
+
+def check_scores(losses: LossSum, samples: SampleSet) -> None:
+    """ValueError if a loss compares scores and the pairs have none, or not in their order."""
+    needing = [part.options.loss_type for part in losses if loss_entry(part.options.loss_type).needs_scores]
+    unfit = samples.without_score_gap() if needing else []
+    if unfit:
+        raise ValueError(
+            f"loss {needing[0]} needs pairs whose chosen_score is greater than their rejected_scores (fields of the records that "
+            f"build_pairs reads); {len(unfit)} are not, the first is {unfit[0]}"
+        )
