@@ -84,7 +84,7 @@ def train_tokenizer(folder: Path, vocabulary: int) -> None:
 
 def run_ours(folder: Path, records: str, output: str, workers: int) -> float:
     """Seconds of the stage."""
-    import transformers  # noqa: F401  imports are outside the measurement on both sides
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401  imports are outside the measurement on both sides
 
     from toolkits.lpo_data_preprocessing import build_pairs
 
@@ -254,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"[error] build_pairs: {args.folder}: exists already", file=sys.stderr)
         return 2
     versions = ", ".join(f"{name} {version(name)}" for name in ("tokenizers", "transformers", "datasets", "trl", "regex"))
-    print(f"# {len(psutil.Process().cpu_affinity())} cores, shared with other work, Python {platform.python_version()}, {versions}")
+    print(f"# {len(psutil.Process().cpu_affinity())} cores, Python {platform.python_version()}, {versions}")
     print(f"$ python benchmarks/build_pairs.py --folder {args.folder} --pairs {args.pairs} --repetitions {args.repetitions}")
     print(f"{args.pairs} generated pairs, tokenizer of {args.vocabulary} entries trained on the same generator's text, 2 processes a side")
     print("\n".join(compare(args)))

@@ -19,8 +19,8 @@ from typing import Any
 
 import regex
 
-KEPT_WORDS = 2**16
-"""More are not remembered at a time: some 15 MB."""
+KEPT_WORDS = 2**17
+"""More are not remembered at a time: some 30 MB."""
 BORDER = 64
 """Characters before and after a border that are looked at; where they are too few to tell, the answer is no."""
 
@@ -101,6 +101,7 @@ class WordTokenizer:
         self._control, self._special = _any_of(added), frozenset(token.content for token in added if token.special)
         self._agreed: set[str] = set()
         self._is_cut = lru_cache(maxsize=65536)(self._cuts_between)
+        self._is_certain = lru_cache(maxsize=2048)(self._is_read_alike)  # a response is asked about twice in a chunk
 
     def ids(self, text: str, *, split_special_tokens: bool) -> list[int] | None:
         """The token ids of a text, None if it must be left to the tokenizers library."""
@@ -143,7 +144,7 @@ class WordTokenizer:
         alone, both = ([place for _, place in self._pre_tokenizer.pre_tokenize_str(text)] for text in (before, before + after))
         return both[: len(alone)] == alone  # cut there, and before it as if nothing followed
 
-    def _is_certain(self, text: str) -> bool:
+    def _is_read_alike(self, text: str) -> bool:
         """Whether both engines cut this text alike and no normalisation changes it."""
         new = set(text) - self._agreed
         if new and not all(map(self._agrees, new)):
