@@ -72,7 +72,13 @@ def measure(prefix: str, step: int) -> dict[str, Any]:
 
     from megatron_patch.data.batch_plan import BatchPlan, PairOrder
     from megatron_patch.data.pair_dataset import MicroBatchStream, RowShape, SampleSet
+    from megatron_patch.model.qwen2 import Qwen2Config
+    from megatron_patch.throughput import useful_flops
 
+    model = Qwen2Config(
+        layers=28, hidden=3584, heads=28, kv_groups=4, head_dim=128, ffn=18944, vocab=VOCABULARY, tied=False, rope_base=1e6,
+        norm_eps=1e-6, max_positions=32768, init_std=0.02,
+    )  # fmt: skip
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from now
     before, laps, started = resident_mb("VmRSS"), {}, time.perf_counter()
 
@@ -85,7 +91,8 @@ def measure(prefix: str, step: int) -> dict[str, Any]:
     samples = lap("open", lambda: SampleSet([prefix], "pairs", with_reference=True, weights_fingerprint="w"))
     lap("longest", lambda: samples[int(samples.tokens.argmax())].name)  # what a run looks at before it starts
     order = PairOrder(samples.sizes, seed=1)
-    plan = lap("plan", lambda: BatchPlan(order, samples.tokens, batch=BATCH, ranks=RANKS, max_tokens=MAX_TOKENS))
+    cost = lap("cost", lambda: useful_flops(model, samples.work(False)))
+    plan = lap("plan", lambda: BatchPlan(order, samples.tokens, batch=BATCH, ranks=RANKS, max_tokens=MAX_TOKENS, cost=cost))
     split = lap("shuffle and balance", lambda: plan.step(step * BATCH))
     batches = MicroBatchStream(samples, plan, rank=0, vocab_size=VOCABULARY, shape=RowShape()).from_position(step * BATCH)
     packed = lap("first batch", lambda: [next(batches) for _ in split])

@@ -30,7 +30,7 @@ class Sample(NamedTuple):
     sequences: int32 token ids, prompt and response end to end. scored: bool per token, False for the first of a sequence.
     reference: float64 [responses] reference log-prob sums (nats), or None. name: the id shown in errors.
     scores: float64 [responses] an outside judge's scores, NaN where there are none.
-    prompt: tokens that all its sequences begin with, 0 if it has but one. prompt_number: samples of one number have the same prompt.
+    prompt: tokens that all its sequences begin with, 0 if it has but one. prompt_key: samples of one key have the same prompt.
     """
 
     sequences: tuple[np.ndarray, ...]
@@ -39,7 +39,7 @@ class Sample(NamedTuple):
     name: str
     scores: np.ndarray | None = None
     prompt: int = 0
-    prompt_number: int = -1
+    prompt_key: object = None
 
 
 @dataclass(frozen=True)
@@ -150,13 +150,13 @@ def pack(
         ValueError: a sample scores nothing, scores the first token of a sequence, or has a token id outside the vocabulary; names it.
     """
     row = _Row(sequence_multiple)
-    prompts: dict[int, int] = {}
+    prompts: dict[object, int] = {}
     for p, sample in enumerate(samples):
         behind, shared = -1, sample.prompt if share_prompts else 0
-        if shared and sample.prompt_number not in prompts:
-            prompts[sample.prompt_number] = row.add(sample.sequences[0][:shared], np.full(shared, -1))
+        if shared and sample.prompt_key not in prompts:
+            prompts[sample.prompt_key] = row.add(sample.sequences[0][:shared], np.full(shared, -1))
         if shared:
-            behind = prompts[sample.prompt_number]
+            behind = prompts[sample.prompt_key]
         for r, (ids, is_scored) in enumerate(zip(sample.sequences, sample.scored, strict=True)):
             _check(sample.name, ids, is_scored, vocab_size)
             row.add(ids[shared:], np.where(is_scored, r * len(samples) + p, -1)[shared:], behind)

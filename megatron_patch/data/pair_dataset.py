@@ -6,7 +6,6 @@ state is saved, because the plan is a function of the pairs consumed so far.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -104,25 +103,25 @@ class SampleSet:
         """int64 [samples]: tokens of each sample's sequences; a pair's prompt counts once for each response."""
         return self.lengths.sum(axis=1)
 
-    @cached_property
-    def prompts(self) -> np.ndarray:
+    def prompts(self, numbers: Any = slice(None)) -> np.ndarray:
         """int64 [samples]: tokens that all sequences of a sample begin with; 0 where there is but one sequence."""
-        return self.lengths[:, 0] - self.scored_lengths[:, 0] if self.kind == "pairs" else np.zeros(len(self), dtype=np.int64)
+        shared = self.lengths[numbers, 0] - self.scored_lengths[numbers, 0]
+        return shared if self.kind == "pairs" else np.zeros_like(shared)
 
-    @cached_property
-    def prompt_numbers(self) -> np.ndarray:
-        """int64 [samples]: samples of one number have the same prompt, token by token (cut to the same length, if it was cut)."""
-        columns = [np.where(store.columns.group < 0, np.arange(len(store)), store.columns.group) for store in self.stores]
-        first = np.concatenate([group + end - size for group, end, size in zip(columns, self._ends, self.sizes, strict=True)])
-        return np.unique(np.stack([first, self.prompts], axis=1), axis=0, return_inverse=True)[1].reshape(-1)
+    def prompt_key(self, number: int) -> tuple[int, int, int]:
+        """Equal for samples whose prompts are the same, token by token: store, group, and length (prompts may have been cut)."""
+        which, document = self.locate(number)
+        group = int(self.stores[which].columns.group[document])
+        return which, group if group >= 0 else document, int(self.prompts(number))
 
-    def work(self, share_prompts: bool) -> "Work":
-        """What the samples take to compute; with ``share_prompts`` a sample's prompt is computed once."""
-        squares, answers = np.square(self.lengths).sum(axis=1), self.scored_lengths.sum(axis=1)
+    def work(self, share_prompts: bool, numbers: Any = slice(None)) -> "Work":
+        """What samples take to compute, all or some; with ``share_prompts`` a sample's prompt is computed once."""
+        lengths, answers = self.lengths[numbers], self.scored_lengths[numbers].sum(axis=1)
+        tokens, squares = lengths.sum(axis=1), np.square(lengths).sum(axis=1)
         if not share_prompts:
-            return Work(self.tokens, squares, answers)
-        copies = self.responses_per_sample - 1
-        return Work(self.tokens - copies * self.prompts, squares - copies * np.square(self.prompts), answers)
+            return Work(tokens, squares, answers)
+        copies, prompts = self.responses_per_sample - 1, self.prompts(numbers)
+        return Work(tokens - copies * prompts, squares - copies * np.square(prompts), answers)
 
     def locate(self, number: int) -> tuple[int, int]:
         """(store, document) of sample ``number``."""
@@ -139,8 +138,8 @@ class SampleSet:
             reference=None if self._reference is None else self._reference[which][document],
             name=self.name(which, document),
             scores=self.stores[which].columns.scores[document] if self.kind == "pairs" else None,
-            prompt=int(self.prompts[number]),
-            prompt_number=int(self.prompt_numbers[number]),
+            prompt=int(self.prompts(number)),
+            prompt_key=self.prompt_key(number),
         )
 
     def without_score_gap(self) -> list[str]:
@@ -193,11 +192,11 @@ class RowShape(NamedTuple):
         """Of every sequence: two chunks a context rank."""
         return 2 * self.context_ranks if self.context_ranks > 1 else 1
 
-    def tokens(self, samples: SampleSet) -> np.ndarray:
-        """int64 [samples]: tokens each takes in a row, if it shares its prompt with no other."""
+    def tokens(self, samples: SampleSet, numbers: Any = slice(None)) -> np.ndarray:
+        """int64 [samples]: tokens that all or some samples take in a row, where they share a prompt with no other."""
         if self.share_prompts:
-            return samples.work(True).tokens
-        return round_up(samples.lengths, self.sequence_multiple).sum(axis=1)
+            return samples.work(True, numbers).tokens
+        return round_up(samples.lengths[numbers], self.sequence_multiple).sum(axis=1)
 
 
 @dataclass(frozen=True)
@@ -228,20 +227,20 @@ class MicroBatchStream:
 
     def work(self, consumed: int) -> tuple[Work, int]:
         """(what the step after ``consumed`` pairs takes over all ranks, each number a sum; tokens of its rows, padding included)."""
-        samples, shape = self.samples, self.shape
-        work, in_rows = samples.work(shape.share_prompts), shape.tokens(samples)
+        shape = self.shape
         totals, packed = np.zeros(3, dtype=np.int64), 0
         for share in (share for slot in self.plan.step(consumed) for share in slot):
             saved = self._prompts_met_again(share) if shape.share_prompts else np.zeros(0, dtype=np.int64)
-            totals += [work.tokens[share].sum() - saved.sum(), work.squares[share].sum() - np.square(saved).sum(), work.scored[share].sum()]
-            held = int(in_rows[share].sum() - saved.sum())
+            work = self.samples.work(shape.share_prompts, share)
+            totals += [work.tokens.sum() - saved.sum(), work.squares.sum() - np.square(saved).sum(), work.scored.sum()]
+            held = int(shape.tokens(self.samples, share).sum() - saved.sum())
             packed += round_up(max(held, shape.at_least), shape.multiple_of)
         return Work(*totals[:, None]), packed
 
     def _prompts_met_again(self, share: np.ndarray) -> np.ndarray:
         """int64: the lengths of the prompts in a micro-batch that another of its samples brought already."""
-        first = np.unique(self.samples.prompt_numbers[share], return_index=True)[1]
-        return np.delete(self.samples.prompts[share], first)
+        keys = [self.samples.prompt_key(int(number)) for number in share]
+        return np.array([key[-1] for i, key in enumerate(keys) if key in keys[:i]], dtype=np.int64)
 
     def from_position(self, consumed: int) -> Iterator[PackedBatch]:
         """Endless: this rank's micro-batches of the step after ``consumed`` pairs, of the next one, and so on."""

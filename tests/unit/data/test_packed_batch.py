@@ -103,7 +103,7 @@ def test_shared_prompts_are_there_once_and_every_target_is_predicted_from_its_ow
     pairs[3:] = [(pairs[1][0], *responses) for _, *responses in pairs[3:]]
     numbers = [0, 1, 2, 1, 1]
     samples = [
-        sample(*pair, name=f"p{i}")._replace(prompt=len(pair[0]), prompt_number=numbers[i]) for i, pair in enumerate(pairs)
+        sample(*pair, name=f"p{i}")._replace(prompt=len(pair[0]), prompt_key=numbers[i]) for i, pair in enumerate(pairs)
     ]
     batch = pack(samples, multiple_of=multiple_of, vocab_size=VOCAB, responses_per_sample=2, share_prompts=True)
     row, starts = batch.tokens[0].tolist(), batch.cu_seqlens.tolist()
