@@ -45,7 +45,8 @@ class IndexedFile:
         lengths = np.frombuffer(self._lengths, dtype=np.int32)
         starts = np.zeros(len(lengths), dtype="<i8")
         np.cumsum(lengths[:-1], dtype=np.int64, out=starts[1:])
+        starts *= _ITEM
         with open(index, "wb") as stream:
             stream.write(_HEADER + struct.pack("<QQ", len(lengths), len(self._documents)))
-            for values in (lengths.astype("<i4", copy=False), starts * _ITEM, np.frombuffer(self._documents, dtype=np.int64)):
-                stream.write(values.tobytes())
+            for values in (lengths.astype("<i4", copy=False), starts, np.frombuffer(self._documents, dtype=np.int64)):
+                stream.write(values.data)

@@ -100,7 +100,7 @@ class WordTokenizer:
         self._added = {token.content: backend.token_to_id(token.content) for token in added}
         self._control, self._special = _any_of(added), frozenset(token.content for token in added if token.special)
         self._agreed: set[str] = set()
-        self._is_cut = lru_cache(maxsize=65536)(self._cuts_between)
+        self._is_cut = lru_cache(maxsize=4096)(self._cuts_between)
         self._is_certain = lru_cache(maxsize=2048)(self._is_read_alike)  # a response is asked about twice in a chunk
 
     def ids(self, text: str, *, split_special_tokens: bool) -> list[int] | None:
