@@ -1,64 +1,88 @@
-"""Rows as long as their pairs against rows padded to the budget (`--pad-micro-batches`), under two pipeline stages.
+"""Rows as long as their pairs against rows padded to a budget (`--pad-micro-batches`).
 
-Stages that get rows of different lengths tell each other the shapes first; padding saves that and costs the padding. Both sides train the
-same pairs with the same budgets, by turns; the first step of each process is not counted; medians.
+First under two pipeline stages: stages that get rows of different lengths tell each other the shapes first; padding saves that and costs
+the padding. Then, for scale, what padding every response to `--seq-length` 4,096 costs, as the LPO paper's own scripts do: a row of two
+pairs and 16,384 tokens, next to the same two pairs without padding and the ratio of tokens (our padding passes through the linear
+layers only, theirs through attention too). The same pairs, by turns; the first step of each process is not counted; medians.
 
     python -m benchmarks.fixed_rows --output benchmarks/fixed_rows
 """
 
-import argparse
-import json
-import platform
 import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from benchmarks.train_step import CASES, make_materials, run_ours
-
-BUDGETS = (2048, 8192)
-CASE = CASES["small-8k-gsm8k"]
+from benchmarks import report
+from benchmarks.materials import Case, make_materials, run_ours
 
 
-def measure(folder: Path, budget: int, steps: int, repetitions: int) -> dict[str, Any]:
-    """Both sides at one budget."""
-    seconds: dict[str, list[float]] = {"as they come": [], "fixed": []}
+class Setting(NamedTuple):
+    """Two runs to compare."""
+
+    name: str
+    case: Case
+    budget: int
+    """Tokens of a row."""
+    flags: tuple[object, ...] = ()
+    processes: int = 1
+
+
+PIPELINE = ("--pipeline-model-parallel-size", 2)
+SETTINGS = (
+    Setting("PP2, rows of 2,048", Case("small", "8k", "gsm8k", 8), 2048, PIPELINE, 2),
+    Setting("PP2, rows of 8,192", Case("small", "8k", "gsm8k", 8), 8192, PIPELINE, 2),
+    Setting("responses padded to 4,096", Case("small", "8k", "gsm8k", 2), 4 * 4096),
+)
+
+
+def measure(folder: Path, setting: Setting, steps: int, repetitions: int) -> dict[str, Any]:
+    """Both sides of one setting."""
+    make_materials(folder, setting.case, steps)
+    seconds: dict[str, list[float]] = {"as they come": [], "padded": []}
     padding: dict[str, float] = {}
     for _ in range(repetitions):
         for name in seconds:
-            flags = ["--pipeline-model-parallel-size", 2, *(["--pad-micro-batches"] if name == "fixed" else [])]
-            run = run_ours(folder, CASE, steps, budget, *flags, processes=2)
+            flags = [*setting.flags, *(["--pad-micro-batches"] if name == "padded" else [])]
+            run = run_ours(folder, setting.case, steps, setting.budget, *flags, processes=setting.processes)
             seconds[name] += run["seconds"][1:]
             padding[name] = statistics.mean(row["padding_fraction"] for row in run["rows"])
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    ratio = medians["fixed"] / medians["as they come"]
-    return {"budget": budget, "medians": medians, "ratio": ratio, "padding": padding, "seconds": seconds}
+    ratio = medians["padded"] / medians["as they come"]
+    tokens = (1 - padding["as they come"]) / (1 - padding["padded"])
+    return {"setting": setting.name, "medians": medians, "ratio": ratio, "tokens": tokens, "padding": padding, "seconds": seconds}
+
+
+def page(results: list[dict[str, Any]]) -> list[str]:
+    """A table in Markdown."""
+    rows = []
+    for r in results:
+        times = [f"{s:.2f}" for s in r["medians"].values()]
+        rows.append([r["setting"], *times, f"{r['ratio']:.2f}", f"{r['tokens']:.2f}", f"{r['padding']['padded']:.1%}"])
+    return report.table(("setting", "as they come, s/step", "padded, s/step", "ratio", "ratio of tokens", "padding"), rows)
+
+
+def draw(results: list[dict[str, Any]]) -> Any:
+    """What padding costs, beside the ratio of tokens."""
+    figure, plot = report.axes(6, 1 + 0.5 * len(results))
+    plot.barh([r["setting"] for r in results], [r["ratio"] for r in results], 0.5, color="tab:blue", label="time")
+    plot.plot([r["tokens"] for r in results], range(len(results)), "k|", ms=20, mew=2, label="tokens")
+    plot.axvline(1, color="gray", lw=0.8)
+    plot.set_xlabel("padded over as they come")
+    plot.legend(frameon=False, loc="lower right")
+    return figure
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and report."""
-    import torch
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="writes PREFIX.json and PREFIX.md")
-    parser.add_argument("--folder", type=Path, default=Path("outputs/benchmark-fixed-rows"), help="for model, store and runs")
+    parser = report.parser(__doc__)
+    parser.add_argument("--folder", type=Path, default=Path("outputs/benchmark-fixed-rows"), help="for models, stores and runs")
     parser.add_argument("--steps", type=int, default=4, help="of each process; the first is not counted")
     parser.add_argument("--repetitions", type=int, default=2, help="runs of each side")
     args = parser.parse_args(argv)
-    folder = args.folder.resolve()
-    folder.mkdir(parents=True)
-    make_materials(folder, CASE, args.steps)
-    results = [measure(folder, budget, args.steps, args.repetitions) for budget in BUDGETS]
-    machine = f"Python {platform.python_version()}, torch {torch.__version__}, gloo, two stages of one thread each, {CASE.name}, float32"
-    lines = [f"# Fixed rows under two pipeline stages\n\n`python -m benchmarks.fixed_rows --output {args.output}`; {machine}\n"]
-    lines += ["| tokens of a micro-batch | as they come, s/step | fixed, s/step | fixed over | padding of fixed |"]
-    lines += ["|---:|---:|---:|---:|---:|"]
-    for r in results:
-        times = " | ".join(f"{seconds:.2f}" for seconds in r["medians"].values())
-        lines.append(f"| {r['budget']} | {times} | {r['ratio']:.2f} | {r['padding']['fixed']:.1%} |")
-    Path(f"{args.output}.json").write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n", encoding="utf-8")
-    Path(f"{args.output}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    results = [measure(args.folder.resolve() / s.name.replace(" ", "-"), s, args.steps, args.repetitions) for s in SETTINGS]
+    report.write(args.output, "Rows padded to a budget", results, page(results), report.machine(), draw(results))
     return 0
 
 

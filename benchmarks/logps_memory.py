@@ -5,26 +5,24 @@ Both get the same hidden states [T, H] and output weight [V, H] in float32, sum 
 of memory is a process of its own: the peak of its resident memory during the step, above what it had before (inputs made, one small step
 done). Plain is measured as far as it fits and extended by a straight line (dashed in the picture).
 
-    python benchmarks/logps_memory.py --output benchmarks/logps_memory
+    python -m benchmarks.logps_memory --output benchmarks/logps_memory
 """
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks import report
+
 FULL, SHARD = 151_936, 37_984
 """Rows of Qwen2.5's output layer, and of a quarter of it (TP 4)."""
 
@@ -113,8 +111,7 @@ def measure_time(tokens: int, scored: int, vocabulary: int, hidden: int, chunk: 
 
 def in_a_process(*words: object) -> dict[str, Any]:
     """What another process of this script measured."""
-    done = subprocess.run([sys.executable, __file__, *map(str, words)], stdout=subprocess.PIPE, text=True, cwd=ROOT, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(report.python("-m", "benchmarks.logps_memory", "--output", "-", *words)[-1].text)
 
 
 def line(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
@@ -148,71 +145,56 @@ def of(results: dict[str, Any], side: str, vocabulary: int) -> list[tuple[int, f
     return [(m["tokens"], m["bytes"]) for m in results["memory"] if (m["side"], m["vocabulary"]) == (side, vocabulary)]
 
 
-def report(results: dict[str, Any], title: str) -> str:
-    """A Markdown page."""
+def page(results: dict[str, Any]) -> list[str]:
+    """Tables in Markdown."""
     hidden, gibi = results["hidden"], 2**30
-    rows = ["| vocabulary rows | tokens | plain | chunked |", "| ---: | ---: | ---: | ---: |"]
+    rows, found = [], []
     for vocabulary in (FULL, SHARD):
         plain, chunked = dict(of(results, "plain", vocabulary)), dict(of(results, "chunked", vocabulary))
         slope, start = line(list(plain.items()))
         for tokens in sorted({*plain, *chunked}):
             known = f"{plain[tokens] / gibi:.2f} GiB" if tokens in plain else f"({(start + slope * tokens) / gibi:.1f} GiB by the line)"
-            rows.append(f"| {vocabulary} | {tokens} | {known} | {f'{chunked[tokens] / gibi:.2f} GiB' if tokens in chunked else ''} |")
-    growth = []
+            rows.append([str(vocabulary), str(tokens), known, f"{chunked[tokens] / gibi:.2f} GiB" if tokens in chunked else ""])
     for vocabulary in (FULL, SHARD):
-        slope, _ = line(of(results, "chunked", vocabulary))
-        verdict = "met" if slope <= 12 * hidden else "missed"
-        factor = slope / (4 * hidden)
-        growth.append(f"- chunked, {vocabulary} rows: {slope:.0f} bytes a token, {factor:.2f} x hidden bytes; target 3: {verdict}")
+        growth = line(of(results, "chunked", vocabulary))[0] / (4 * hidden)
+        met = report.verdict(growth, 3, least=False)
+        found.append(f"- chunked, {vocabulary} rows: {4 * hidden * growth:.0f} bytes a token, {growth:.2f} x hidden bytes; target 3: {met}")
     for name, limit in zip(results["times"], (1.4, 1.0), strict=True):
-        found = results["times"][name]
-        verdict = "met" if found["ratio"] <= limit else f"missed by {found['ratio'] - limit:.2f}"
-        growth.append(
-            f"- time, {name}: chunked {found['chunked']:.2f} s, plain {found['plain']:.2f} s (medians), ratio {found['ratio']:.2f}; "
-            f"target {limit}: {verdict}"
+        times = results["times"][name]
+        found.append(
+            f"- time, {name}: chunked {times['chunked']:.2f} s, plain {times['plain']:.2f} s (medians), ratio {times['ratio']:.2f}; "
+            f"target {limit}: {report.verdict(times['ratio'], limit, least=False)}"
         )
-    return "\n".join([title, "", *rows, "", *growth, "", "![peak memory](logps_memory.png)", ""])
+    return [*report.table(("vocabulary rows", "tokens", "plain", "chunked"), rows), "", *found]
 
 
-def draw(results: dict[str, Any], path: Path) -> None:
+def draw(results: dict[str, Any]) -> Any:
     """Peak memory over tokens."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.5), constrained_layout=True)
+    figure, plot = report.axes(7, 4.5)
     for color, vocabulary in (("tab:blue", FULL), ("tab:orange", SHARD)):
         plain, chunked = (sorted(of(results, side, vocabulary)) for side in ("plain", "chunked"))
         slope, start = line(plain)
         beyond = [plain[-1][0], 65536]
-        axes.plot(*zip(*[(t, b / 2**30) for t, b in plain], strict=True), "s-", color=color, label=f"plain, {vocabulary} rows")
-        axes.plot(beyond, [(start + slope * t) / 2**30 for t in beyond], "--", color=color)
-        axes.plot(*zip(*[(t, b / 2**30) for t, b in chunked], strict=True), "o-", color=color, mfc="w", label=f"chunked, {vocabulary} rows")
-    axes.set(xscale="log", yscale="log", xlabel="scored tokens", ylabel="peak memory of the step (GiB)")
-    axes.set_xticks([1024, 4096, 16384, 65536], ["1k", "4k", "16k", "64k"])
-    axes.set_title(f"Log-prob step, hidden {results['hidden']}, chunk {results['chunk']}, float32; dashed: extended")
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+        plot.plot(*zip(*[(t, b / 2**30) for t, b in plain], strict=True), "s-", color=color, label=f"plain, {vocabulary} rows")
+        plot.plot(beyond, [(start + slope * t) / 2**30 for t in beyond], "--", color=color)
+        plot.plot(*zip(*[(t, b / 2**30) for t, b in chunked], strict=True), "o-", color=color, mfc="w", label=f"chunked, {vocabulary} rows")
+    plot.set(xscale="log", yscale="log", xlabel="scored tokens", ylabel="peak memory of the step (GiB)")
+    plot.set_xticks([1024, 4096, 16384, 65536], ["1k", "4k", "16k", "64k"])
+    plot.set_title(f"Log-prob step, hidden {results['hidden']}, chunk {results['chunk']}, float32; dashed: extended")
+    plot.legend(frameon=False)
+    return figure
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="writes PREFIX.json, PREFIX.md and PREFIX.png")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and report, or, inside that, one point."""
+    parser = report.parser(__doc__)
     parser.add_argument("--hidden", type=int, default=896, help="hidden size (896: Qwen2.5 0.5B)")
     parser.add_argument("--chunk", type=int, default=1024, help="tokens whose logits are held at a time")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--measure", choices=("plain", "chunked", "time"), help=argparse.SUPPRESS)
     for name in ("tokens", "scored", "vocabulary"):
         parser.add_argument(f"--{name}", type=int, default=0, help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure and report, or, inside that, one point."""
-    args = parse(argv)
+    args = parser.parse_args(argv)
     if args.measure == "time":
         print(json.dumps(measure_time(args.tokens, args.scored, args.vocabulary, args.hidden, args.chunk, args.repetitions)))
     elif args.measure:
@@ -220,11 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(measure_memory(side, args.tokens, args.vocabulary, args.hidden)))
     else:
         results = compare(args)
-        machine = f"{len(psutil.Process().cpu_affinity())} cores, Python {platform.python_version()}, torch {torch.__version__}"
-        title = f"# Log-prob step: plain against chunked\n\n`python benchmarks/logps_memory.py --output {args.output}`; {machine}"
-        Path(f"{args.output}.json").write_text(json.dumps(results | {"machine": machine}, indent=1) + "\n", encoding="utf-8")
-        Path(f"{args.output}.md").write_text(report(results, title), encoding="utf-8")
-        draw(results, Path(f"{args.output}.png"))
+        report.write(args.output, "Log-prob step: plain against chunked", results, page(results), report.machine(), draw(results))
     return 0
 
 

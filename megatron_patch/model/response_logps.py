@@ -3,8 +3,9 @@
 ``response_logps`` is an ``output_processor`` (megatron/core/models/gpt/gpt_model.py:719): upstream hands it the hidden states,
 the output layer and the tied weight, and what it returns is the model's output. Only positions that predict response tokens
 reach the output layer, a chunk of them at a time: the chunk's logits are float32, shared out over tensor parallelism by vocabulary,
-used and forgotten, and computed again in backward. So the peak is chunk x vocabulary / TP, whatever the batch. The same idea without
-the vocabulary split: Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models" (arXiv 2411.09009), section 4.
+used and forgotten, and computed again in backward; only the last chunk's stay, because backward can begin with them. So the peak is
+chunk x vocabulary / TP, whatever the batch. The same idea without the vocabulary split: Wijmans et al., "Cut Your Losses in
+Large-Vocabulary Language Models" (arXiv 2411.09009), section 4.
 """
 
 from collections.abc import Iterator
@@ -60,22 +61,13 @@ def _logits(hidden: Tensor, weight: Tensor, shard: VocabularyShard) -> Tensor:
     return logits
 
 
-def _statistics(hidden: Tensor, weight: Tensor, targets: Tensor, shard: VocabularyShard) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a chunk on this rank, [C] each: the largest logit, the sum of exp(logit - largest), the target's logit or 0."""
+def _exponentials(hidden: Tensor, weight: Tensor, targets: Tensor, shard: VocabularyShard) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a chunk on this rank: exp(logit - largest) [C, V], the largest logit [C], the target's logit or 0 [C]."""
     logits = _logits(hidden, weight, shard)
     mine, column = shard.own(targets)
     peak = logits.amax(dim=-1).clamp(min=torch.finfo(torch.float32).min)  # finite on a rank that has padding only
     chosen = torch.where(mine, logits.gather(-1, column.unsqueeze(-1)).squeeze(-1), 0.0)
-    return peak, logits.sub_(peak.unsqueeze(-1)).exp_().sum(dim=-1), chosen
-
-
-def _grad_logits(
-    hidden: Tensor, weight: Tensor, targets: Tensor, shard: VocabularyShard, peak: Tensor, grad: Tensor, total: Tensor
-) -> Tensor:
-    """float32 [C, V]: grad x (onehot(target) - softmax), with the peak and the total [C] over all ranks."""
-    softmax_times_total = _logits(hidden, weight, shard).sub_(peak.unsqueeze(-1)).exp_()
-    mine, column = shard.own(targets)
-    return softmax_times_total.mul_((-grad / total).unsqueeze(-1)).scatter_add_(-1, column.unsqueeze(-1), (grad * mine).unsqueeze(-1))
+    return logits.sub_(peak.unsqueeze(-1)).exp_(), peak, chosen
 
 
 class _ChunkedLogProbs(torch.autograd.Function):
@@ -89,30 +81,41 @@ class _ChunkedLogProbs(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, positions: Tensor, targets: Tensor, shard: VocabularyShard) -> Tensor:
         """hidden: [T, H]; weight: [V, H]; positions, targets: int64 [N], targets in global vocabulary rows; returns float32 [N] nats."""
         peak, total, chosen = hidden.new_empty(3, len(targets), dtype=torch.float32)
+        exponentials = None
         for part in _chunks(len(targets), shard.chunk):
-            peak[part], total[part], chosen[part] = _statistics(hidden[positions[part]], weight, targets[part], shard)
+            del exponentials  # of the chunk before, which backward computes again
+            exponentials, peak[part], chosen[part] = _exponentials(hidden[positions[part]], weight, targets[part], shard)
+            total[part] = exponentials.sum(dim=-1)
         own_peak = peak.clone()
         torch.distributed.all_reduce(peak, op=torch.distributed.ReduceOp.MAX, group=shard.group)
-        sums = torch.stack([total * (own_peak - peak).exp(), chosen])
+        own_share = (own_peak - peak).exp()
+        sums = torch.stack([total * own_share, chosen])
         torch.distributed.all_reduce(sums, group=shard.group)
         total, chosen = sums
-        ctx.save_for_backward(hidden, weight, positions, targets, peak, total)
-        ctx.shard = shard
+        scale = own_share / total  # from exponentials to probabilities
+        ctx.save_for_backward(hidden, weight, positions, targets, own_peak, scale)
+        ctx.shard, ctx.last_exponentials = shard, exponentials
         return (chosen - peak) - total.log()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         """d logp / d logit = onehot(target) - softmax; sums over chunks are float32."""
-        hidden, weight, positions, targets, peak, total = ctx.saved_tensors
+        hidden, weight, positions, targets, own_peak, scale = ctx.saved_tensors
         shard, (grad,) = ctx.shard, grads
+        exponentials, ctx.last_exponentials = ctx.last_exponentials, None  # changed in place: a second backward computes them again
         grad_hidden = torch.zeros_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        for part in _chunks(len(targets), shard.chunk):
+        for part in reversed([*_chunks(len(targets), shard.chunk)]):
             rows = hidden[positions[part]]
-            grad_logits = _grad_logits(rows, weight, targets[part], shard, peak[part], grad[part], total[part])
+            if exponentials is None:
+                exponentials = _logits(rows, weight, shard).sub_(own_peak[part].unsqueeze(-1)).exp_()
+            mine, column = shard.own(targets[part])
+            grad_logits = exponentials.mul_((-grad[part] * scale[part]).unsqueeze(-1))
+            grad_logits.scatter_add_(-1, column.unsqueeze(-1), (grad[part] * mine).unsqueeze(-1))
             grad_hidden.index_add_(0, positions[part], (grad_logits.to(weight.dtype) @ weight).to(hidden.dtype))
             _add_outer(grad_weight, grad_logits, rows, weight.dtype)
             del grad_logits  # before the next chunk's are made
+            exponentials = None
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None
 
 
