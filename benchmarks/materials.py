@@ -16,7 +16,8 @@ BETA, RATE, SEED = 0.1, 1e-4, 1
 SHAPES = {"small": (4, 512, 1408, 8, 2), "base": (12, 896, 4864, 14, 2)}
 """layers, hidden, intermediate, heads, key/value heads: a toy, and half the depth of Qwen2.5 0.5B."""
 VOCABULARIES = {"8k": 8_192, "152k": 151_936}
-PAIRS = ("gsm8k", "tail")
+PAIRS = {"gsm8k": 8, "tail": 4}
+"""Pairs of a step."""
 
 Pair = tuple[list[int], list[int], list[int]]
 """Ids of a prompt, a chosen and a rejected response."""
@@ -37,13 +38,15 @@ class Case(NamedTuple):
         return f"{self.shape}-{self.vocabulary}-{self.pairs}"
 
 
-CASES = {case.name: case for case in (Case(s, v, p, 8) for s in SHAPES for v in VOCABULARIES for p in PAIRS)}
+CASES = {case.name: case for case in (Case(s, v, p, PAIRS[p]) for s in SHAPES for v in VOCABULARIES for p in PAIRS)}
 
 
 def gsm8k_pairs(count: int) -> list[Pair]:
     """Real text: a question, a right and a wrong solution of GSM8K's models, in ids of an 8k byte-level BPE trained on these texts."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+    if "GSM8K_DIR" not in os.environ:
+        raise SystemExit("GSM8K_DIR is not set: the folder with GSM8K's example_model_solutions.jsonl")
     lines = (Path(os.environ["GSM8K_DIR"]) / "example_model_solutions.jsonl").read_text(encoding="utf-8").splitlines()
     texts = []
     for row in map(json.loads, lines):
