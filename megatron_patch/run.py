@@ -52,7 +52,7 @@ def announce(args: argparse.Namespace, mode: str, device: str) -> None:
     if args.rank == 0:
         layout = f"TP {args.tensor_model_parallel_size} x PP {args.pipeline_model_parallel_size} x CP {args.context_parallel_size} "
         layout += f"x DP {args.data_parallel_size}"
-        kernel = kernel_name(device, precision(args)) if uses_torch_spec(args) else "Transformer Engine"
+        kernel = kernel_name(device, precision(args), args.kv_channels) if uses_torch_spec(args) else "Transformer Engine"
         loop_hooks.print_line(f"[{mode}] device: {device}, {args.world_size} processes, {layout}, {precision(args)}, attention: {kernel}")
 
 

@@ -212,14 +212,15 @@ def _varlen_kernel() -> Callable[..., Any] | None:
     return varlen_attn if {"window_size", "scale", "enable_gqa"} <= signature(varlen_attn).parameters.keys() else None
 
 
-def has_varlen_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch computes this without padding: FlashAttention, so CUDA and half precision."""
-    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and _varlen_kernel() is not None
+def has_varlen_kernel(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
+    """Whether torch computes this without padding: FlashAttention, so CUDA, half precision, heads of at most 256 in eights."""
+    computable = dtype in (torch.bfloat16, torch.float16) and head_size % 8 == 0 and head_size <= 256
+    return device.type == "cuda" and computable and _varlen_kernel() is not None
 
 
-def kernel_name(device: str, dtype: torch.dtype) -> str:
+def kernel_name(device: str, dtype: torch.dtype, head_size: int) -> str:
     """What computes attention there, for people."""
-    varlen = has_varlen_kernel(torch.device(device), dtype)
+    varlen = has_varlen_kernel(torch.device(device), dtype, head_size)
     return "torch.nn.attention.varlen" if varlen else "scaled_dot_product_attention by length"
 
 
@@ -232,7 +233,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, 
     Returns:
         [T, N, D].
     """
-    attend = _varlen_attention if has_varlen_kernel(query.device, query.dtype) else _grid_attention
+    attend = _varlen_attention if has_varlen_kernel(query.device, query.dtype, query.size(-1)) else _grid_attention
     return attend(query, key, value, blocks, scale)
 
 

@@ -33,6 +33,7 @@ LAYOUTS: dict[str, tuple[int, tuple[object, ...]]] = {  # name -> (processes, fl
     "tp2-sp": (2, (*_TP2, "--sequence-parallel")),
     "pp2": (2, _PP2),
     "vpp2": (2, (*_PP2, "--num-virtual-stages-per-pipeline-rank", 2)),
+    "pp4 small micro-batches": (4, ("--pipeline-model-parallel-size", 4, "--max-tokens-per-micro-batch", 90)),
     "dp2": (2, ()),
     "dp2 small micro-batches": (2, ("--max-tokens-per-micro-batch", 90)),
     "dp2-do": (2, _DO),

@@ -26,9 +26,10 @@ QUICK = {
 }
 CONTEXT = ("cp2", "cp2-do", "cp2-dp2 small micro-batches", "tp2-cp2-sp", "cp2-pp2")
 ONCE = (
-    "small chunks", "tp2-sp small chunks", "dp2-do small chunks", "pp2 fixed rows", "tp2-pp2-sp fixed rows", "full recompute",
-    "full recompute tp2-pp2-sp", "attention recompute", "mlp recompute cp2", "share-prompt", "share-prompt small micro-batches",
-    "share-prompt tp2-sp", "share-prompt pp2", "share-prompt dp2-do", "everything cp2", "everything share-prompt dp2",
+    "pp4 small micro-batches", "small chunks", "tp2-sp small chunks", "dp2-do small chunks", "pp2 fixed rows", "tp2-pp2-sp fixed rows",
+    "full recompute", "full recompute tp2-pp2-sp", "attention recompute", "mlp recompute cp2", "share-prompt",
+    "share-prompt small micro-batches", "share-prompt tp2-sp", "share-prompt pp2", "share-prompt dp2-do", "everything cp2",
+    "everything share-prompt dp2",
 )  # fmt: skip
 ALSO_QUICK = ("tp2-sp small chunks", "pp2 fixed rows", "full recompute", "share-prompt", "share-prompt tp2-sp")
 IN_FULL = [("finetune", "everything cp2"), ("finetune", "everything dp2"), ("pretrain", "everything cp2"), ("pretrain", "everything dp2")]

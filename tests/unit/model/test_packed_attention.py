@@ -172,10 +172,11 @@ def test_what_it_cannot_do_is_refused():
 
 def test_the_kernel_without_padding_is_for_half_precision_on_a_gpu():
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
-    assert has_varlen_kernel(gpu, torch.bfloat16)
-    assert not has_varlen_kernel(gpu, torch.float32) and not has_varlen_kernel(cpu, torch.bfloat16)
-    names = [packed_attention.kernel_name(*where) for where in (("cuda", torch.bfloat16), ("cuda", torch.float32), ("cpu", torch.bfloat16))]
-    assert names == ["torch.nn.attention.varlen", *["scaled_dot_product_attention by length"] * 2]
+    assert has_varlen_kernel(gpu, torch.bfloat16, 128)
+    for where in ((gpu, torch.float32, 128), (cpu, torch.bfloat16, 128), (gpu, torch.bfloat16, 20), (gpu, torch.bfloat16, 264)):
+        assert not has_varlen_kernel(*where)
+    names = [packed_attention.kernel_name(device, torch.bfloat16, 64) for device in ("cuda", "cpu")]
+    assert names == ["torch.nn.attention.varlen", "scaled_dot_product_attention by length"]
 
 
 def test_the_kernel_without_padding_gets_the_blocks_as_it_counts_them(monkeypatch):
