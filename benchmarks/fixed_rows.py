@@ -31,8 +31,8 @@ class Setting(NamedTuple):
 
 PIPELINE = ("--pipeline-model-parallel-size", 2)
 SETTINGS = (
-    Setting("PP2, rows of 2,048", Case("small", "8k", "gsm8k", 8), 2048, PIPELINE, 2),
-    Setting("PP2, rows of 8,192", Case("small", "8k", "gsm8k", 8), 8192, PIPELINE, 2),
+    Setting("PP2, rows of 1,024", Case("small", "8k", "gsm8k", 32), 1024, PIPELINE, 2),
+    Setting("PP2, rows of 2,048", Case("small", "8k", "gsm8k", 32), 2048, PIPELINE, 2),
     Setting("responses padded to 4,096", Case("small", "8k", "gsm8k", 2), 4 * 4096),
 )
 
@@ -42,16 +42,19 @@ def measure(folder: Path, setting: Setting, steps: int, repetitions: int) -> dic
     make_materials(folder, setting.case, steps)
     seconds: dict[str, list[float]] = {"as they come": [], "padded": []}
     padding: dict[str, float] = {}
+    slots: dict[str, float] = {}
     for _ in range(repetitions):
         for name in seconds:
             flags = [*setting.flags, *(["--pad-micro-batches"] if name == "padded" else [])]
             run = run_ours(folder, setting.case, steps, setting.budget, *flags, processes=setting.processes)
             seconds[name] += run["seconds"][1:]
             padding[name] = statistics.mean(row["padding_fraction"] for row in run["rows"])
+            slots[name] = statistics.mean(row["micro_batches"] for row in run["rows"])
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     ratio = medians["padded"] / medians["as they come"]
     tokens = (1 - padding["as they come"]) / (1 - padding["padded"])
-    return {"setting": setting.name, "medians": medians, "ratio": ratio, "tokens": tokens, "padding": padding, "seconds": seconds}
+    measured = {"medians": medians, "ratio": ratio, "tokens": tokens, "padding": padding, "micro_batches": slots, "seconds": seconds}
+    return {"setting": setting.name, **measured}
 
 
 def page(results: list[dict[str, Any]]) -> list[str]:
@@ -59,8 +62,9 @@ def page(results: list[dict[str, Any]]) -> list[str]:
     rows = []
     for r in results:
         times = [f"{s:.2f}" for s in r["medians"].values()]
-        rows.append([r["setting"], *times, f"{r['ratio']:.2f}", f"{r['tokens']:.2f}", f"{r['padding']['padded']:.1%}"])
-    return report.table(("setting", "as they come, s/step", "padded, s/step", "ratio", "ratio of tokens", "padding"), rows)
+        numbers = [f"{r['ratio']:.2f}", f"{r['tokens']:.2f}", f"{r['padding']['padded']:.1%}", f"{r['micro_batches']['padded']:.1f}"]
+        rows.append([r["setting"], *times, *numbers])
+    return report.table(("setting", "as they come, s/step", "padded, s/step", "ratio", "of tokens", "padding", "micro-batches"), rows)
 
 
 def draw(results: list[dict[str, Any]]) -> Any:

@@ -134,7 +134,9 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
             print(side, vocabulary, tokens, f"{found['bytes'] / 2**20:.0f} MiB, {found['seconds']:.1f} s", file=sys.stderr)
     common = ("--vocabulary", FULL, *shape, "--repetitions", args.repetitions)
     times = {
-        "equal tokens": in_a_process("--measure", "time", "--tokens", 2048, "--scored", 2048, *common),
+        "equal tokens, 4 chunks of which 3 are computed again": in_a_process(
+            "--measure", "time", "--tokens", 4096, "--scored", 4096, *common
+        ),
         "plain scores prompts too (half of the tokens)": in_a_process("--measure", "time", "--tokens", 4096, "--scored", 2048, *common),
     }
     return {"memory": memory, "times": times, "hidden": args.hidden, "chunk": args.chunk}

@@ -174,6 +174,7 @@ CUDA_STANDINS = (
     Patch("torch.cuda.nvtx", "range_push", _nothing, "core/utils.py: nvtx_range_push"),
     Patch("torch.cuda.nvtx", "range_pop", _nothing, "core/utils.py: nvtx_range_pop"),
     Patch("torch.accelerator", "current_accelerator", lambda *_, **__: _CPU, "core/dist_checkpointing device choice"),
+    Patch("torch.Tensor", "pin_memory", lambda tensor, *_, **__: tensor, "copies to the device that nobody waits for"),
     Patch("torch.nn.Module", "cuda", lambda module, *_: module, "training/models/dist_utils.py: model to device"),
 )
 

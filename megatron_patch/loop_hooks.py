@@ -80,6 +80,8 @@ def _timed(data_iterator: Any, clock: StepClock) -> Any:
 def _train_step(upstream: Callable, state: LoopState) -> Callable:
     def train_step(*args: Any, **kwargs: Any) -> Any:
         """What of a step is neither data nor forward and backward is the optimizer's time."""
+        if state.iteration is None:
+            state.clock.lap()  # the first step does not pay for the start
         with state.clock.phase("optimizer"):
             return upstream(*args, **kwargs)
 
@@ -136,15 +138,15 @@ def _speed(state: LoopState, consumed: int, seconds: float, devices: int) -> dic
     """How fast a step went and how well it was planned; docs/metrics.md says what each is."""
     assert state.train is not None
     plan, (work, packed) = state.train.plan, state.train.work(consumed)
-    tokens = float(work.tokens.sum())
-    flops, peak = step_flops(state, consumed) / seconds / devices, peak_flops()
+    tokens, costs = float(work.tokens.sum()), useful_flops(state.model, work)
+    flops, peak = float(costs.sum()) / seconds / devices, peak_flops()
     return {
         "pairs_per_second": plan.batch / seconds,
         "tokens_per_second": tokens / seconds,
         "tflops_per_device": flops / 1e12,
         **({"mfu": flops / peak} if peak else {}),
         "micro_batches": len(plan.step(consumed)),
-        "imbalance": plan.imbalance(consumed),
+        "imbalance": float(costs.max() / costs.mean()),
         "padding_fraction": 1 - tokens / packed,
     }
 

@@ -33,6 +33,10 @@ REFUSED: tuple[tuple[Callable[[argparse.Namespace], object], str], ...] = (
         lambda args: args.micro_batch_size != 1,
         "--micro-batch-size {micro_batch_size}: micro-batches are planned from tokens; use --max-tokens-per-micro-batch",
     ),
+    (
+        lambda args: args.step_batch_size_schedule or args.rampup_batch_size or args.decrease_batch_size_if_needed,
+        "--step-batch-size-schedule, --rampup-batch-size and --decrease-batch-size-if-needed: a step is always --global-batch-size pairs",
+    ),
     (lambda args: args.logps_chunk_tokens < 1, "--logps-chunk-tokens {logps_chunk_tokens}: needs at least one token at a time"),
     (lambda args: args.fp16, "--fp16 is not supported: its loss scaler needs overflows that our checks stop at; use --bf16"),
     (
@@ -54,6 +58,10 @@ REFUSED: tuple[tuple[Callable[[argparse.Namespace], object], str], ...] = (
     (
         lambda args: not uses_torch_spec(args) and not args.allow_untested,
         "--transformer-impl transformer_engine: no test has run these layers; --allow-untested goes on",
+    ),
+    (
+        lambda args: args.optimizer_cpu_offload and not args.allow_untested,
+        "--optimizer-cpu-offload: needs a GPU, and no test has run it; --allow-untested goes on",
     ),
     (
         lambda args: not uses_torch_spec(args) and importlib.util.find_spec("transformer_engine") is None,

@@ -26,8 +26,8 @@ from megatron_patch.arguments import given_losses
 from megatron_patch.checkpoint import torch_adam
 from megatron_patch.checkpoint.hf_files import weights_fingerprint
 from megatron_patch.checkpoint.hf_io import load_hf_weights, save_hf_weights
-from megatron_patch.data.batch_plan import BatchPlan, PairOrder
-from megatron_patch.data.pair_dataset import MicroBatchStream, RowShape, SampleSet, parse_weighted_prefixes, round_up
+from megatron_patch.data.batch_plan import BatchPlan, PairOrder, Shared
+from megatron_patch.data.pair_dataset import MicroBatchStream, RowShape, SampleSet, Work, parse_weighted_prefixes, round_up
 from megatron_patch.data.tokenizer_identity import folder_tokenizer_fingerprint
 from megatron_patch.errors import AgreedError
 from megatron_patch.evaluation import parity
@@ -110,7 +110,11 @@ def stream(
 ) -> MicroBatchStream:
     """The micro-batches of this data-parallel rank, G = ``batch`` pairs a step; ``together``: see ``split_by_cost``."""
     virtual = args.virtual_pipeline_model_parallel_size is not None
-    shape = row_shape(args)
+    shape, model, shared = row_shape(args), read_qwen2_config(args.hf_path), None
+    if shape.share_prompts:
+        prompts = samples.prompts()
+        cost = useful_flops(model, Work(prompts, np.square(prompts), np.zeros_like(prompts)))
+        shared = Shared(samples.prompt_keys(np.arange(len(samples))), prompts, cost)
     plan = BatchPlan(
         order,
         shape.tokens(samples),
@@ -119,7 +123,8 @@ def stream(
         max_tokens=args.max_tokens_per_micro_batch,
         multiple_of=args.pipeline_model_parallel_size if virtual else 1,
         together=together,
-        cost=useful_flops(read_qwen2_config(args.hf_path), samples.work(shape.share_prompts)),
+        cost=useful_flops(model, samples.work(shape.share_prompts)),
+        shared=shared,
     )
     return MicroBatchStream(
         samples,
@@ -281,7 +286,8 @@ class TrainingRun:
     def dataset_provider(self, _sizes: Any = None, vp_stage: int | None = None) -> tuple[Any, Any, None]:
         """(train, validation, None) iterators of this rank, from the pairs consumed so far; one call per virtual stage."""
         args = self.args
-        order = PairOrder(self.train.sizes, seed=args.seed, weights=self.weights)
+        keys = self.train.prompt_keys(np.arange(len(self.train))) if args.share_prompt else None
+        order = PairOrder(self.train.sizes, seed=args.seed, weights=self.weights, keys=keys)
         together = needs_peers(self.losses)
         train = stream(args, self.train, order, args.global_batch_size, self.model.vocab, together)
         valid = full_pass(args, self.valid, self.model.vocab, together) if self.valid is not None else None

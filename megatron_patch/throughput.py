@@ -1,5 +1,6 @@
 """What a step costs and how fast it went: useful FLOPs, the device's peak, seconds by phase, memory."""
 
+import re
 import resource
 import time
 from collections.abc import Iterator
@@ -13,10 +14,10 @@ from megatron_patch.data.pair_dataset import Work
 from megatron_patch.model.qwen2 import Qwen2Config
 
 PEAK_TFLOPS = {
-    "GB200": 2500, "B200": 2250, "B100": 1750, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H800": 989, "H20": 148,
-    "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L20": 119, "A40": 150, "A10": 125,
+    "GB200": 2500, "B200": 2250, "B100": 1750, "H200 NVL": 835, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H800": 989,
+    "H20": 148, "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L20": 119, "A40": 150, "A10": 125,
 }  # fmt: skip
-"""Dense bfloat16 tensor-core peaks by what the device's name contains, first match; NVIDIA's data sheets."""
+"""Dense bfloat16 tensor-core peaks by the words of the device's name, first match; NVIDIA's data sheets."""
 
 
 def useful_flops(model: Qwen2Config, work: Work) -> np.ndarray:
@@ -34,7 +35,7 @@ def useful_flops(model: Qwen2Config, work: Work) -> np.ndarray:
 def peak_flops() -> float | None:
     """Dense bfloat16 FLOP/s of this process's device; None when it is not in the table (a CPU never is)."""
     name = torch.cuda.get_device_name()
-    return next((peak * 1e12 for part, peak in PEAK_TFLOPS.items() if part in name), None)
+    return next((peak * 1e12 for part, peak in PEAK_TFLOPS.items() if re.search(rf"\b{part}\b", name)), None)
 
 
 def peak_memory() -> int:

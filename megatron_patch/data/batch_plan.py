@@ -8,6 +8,7 @@ changes which pairs a step sees. Every rank computes the same plan and takes its
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,15 +20,24 @@ class PairOrder:
 
     Sources are numbered end to end: pair i of source s is ``offset[s] + i``. Without weights an epoch visits every pair once.
     With weights an epoch has as many positions as there are pairs, shared by largest remainder, and each source walks through
-    its own epochs: the counts per source are exact in every epoch.
+    its own epochs: the counts per source are exact in every epoch. With ``keys`` (int64 [all pairs]) pairs of one key come one after
+    another, where the first of them would have come; a source that is walked through twice in an epoch has its pairs apart.
     """
 
-    def __init__(self, sizes: Sequence[int], *, seed: int, weights: Sequence[float] | None = None, shuffle: bool = True) -> None:
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        *,
+        seed: int,
+        weights: Sequence[float] | None = None,
+        shuffle: bool = True,
+        keys: np.ndarray | None = None,
+    ) -> None:
         if not sizes or min(sizes) < 1:
             raise ValueError(f"every source needs at least one pair, got sizes {list(sizes)}")
         if weights is not None and (len(weights) != len(sizes) or not all(0 < w < math.inf for w in weights)):
             raise ValueError(f"weights {list(weights)} must be positive, one for each of {len(sizes)} sources")
-        self.sizes, self.seed, self.shuffle = list(sizes), seed, shuffle
+        self.sizes, self.seed, self.shuffle, self.keys = list(sizes), seed, shuffle, keys
         self.epoch_length = sum(sizes)
         self._offsets = np.concatenate([[0], np.cumsum(sizes)[:-1]])
         self._shares = self.sizes if weights is None else _largest_remainder(weights, self.epoch_length)
@@ -46,9 +56,13 @@ class PairOrder:
         return np.concatenate(parts or [np.empty(0, dtype=np.int64)])
 
     def _make_epoch(self, epoch: int) -> np.ndarray:
-        drawn = [self._from_source(s, epoch * share, (epoch + 1) * share) for s, share in enumerate(self._shares)]
-        pairs = np.concatenate(drawn)
-        return pairs[self._permutation(len(self.sizes), epoch, len(pairs))]
+        spans = [(epoch * share, (epoch + 1) * share) for share in self._shares]
+        pairs = np.concatenate([self._from_source(source, *span) for source, span in enumerate(spans)])
+        mixed = self._permutation(len(self.sizes), epoch, len(pairs))
+        if self.keys is not None:
+            laps = np.concatenate([np.arange(*span) // size for span, size in zip(spans, self.sizes, strict=True)])
+            mixed = mixed[_one_after_another(self.keys[pairs[mixed]], laps[mixed])]
+        return pairs[mixed]
 
     def _from_source(self, source: int, start: int, stop: int) -> np.ndarray:
         size, parts = self.sizes[source], []
@@ -65,12 +79,31 @@ class PairOrder:
         return np.random.default_rng([self.seed, stream, epoch]).permutation(size)
 
 
+def _one_after_another(keys: np.ndarray, laps: np.ndarray) -> np.ndarray:
+    """The order in which positions of one key and lap follow the first of them."""
+    _, dense = np.unique(keys, return_inverse=True)
+    _, first, group = np.unique(dense * (int(laps.max(initial=0)) + 1) + laps, return_index=True, return_inverse=True)
+    return np.argsort(first[group], kind="stable")
+
+
 def _largest_remainder(weights: Sequence[float], total: int) -> list[int]:
     exact = np.asarray(weights, dtype=np.float64) / sum(weights) * total
     shares = np.floor(exact).astype(int)
     for i in np.argsort(shares - exact, kind="stable")[: total - shares.sum()]:
         shares[i] += 1
     return shares.tolist()
+
+
+class Shared(NamedTuple):
+    """What pairs of one key save when they are in one micro-batch: each but the first these tokens and this cost; [pairs] each."""
+
+    keys: np.ndarray
+    tokens: np.ndarray
+    cost: np.ndarray
+
+    def of(self, pairs: np.ndarray) -> "Shared":
+        """The same of some pairs."""
+        return Shared(*(column[pairs] for column in self))
 
 
 def split_by_cost(
@@ -82,11 +115,12 @@ def split_by_cost(
     multiple_of: int,
     cost: np.ndarray | None = None,
     together: bool = False,
+    shared: Shared | None = None,
 ) -> list[list[np.ndarray]]:
     """Split the pairs of one global batch into M micro-batches on each of D ranks, of nearly equal cost.
 
     Costliest pair first into the cheapest bin that has room for its tokens; M is the smallest multiple of ``multiple_of`` for which all
-    find room. Bins may stay empty.
+    find room (above a hundred, to within a percent). Bins may stay empty.
 
     Args:
         pairs: int64 [G] pair numbers. tokens: [G] tokens of each pair (prompt counted once per response).
@@ -94,6 +128,7 @@ def split_by_cost(
         cost: [G] what each pair costs to compute; None: its tokens. (Attention makes long sequences cost more than their tokens.)
         together: which pairs share a micro-batch (of all ranks) must depend on M alone, not on D: for losses that look at the whole of
             it. Costs balance: ranks wait longer for the slowest of each micro-batch, by some percent and with few long pairs a bin by 15.
+        shared: pairs of one key go into one bin, as far as it has room and they cost no more than a rank's part of the step.
     Returns:
         ``[M][D]`` arrays of pair numbers, each in the order of ``pairs``.
     """
@@ -102,15 +137,39 @@ def split_by_cost(
         raise ValueError(
             f"pair number {pairs[worst]} has {tokens[worst]} tokens, more than --max-tokens-per-micro-batch {max_tokens}"
         )
+    cost = tokens if cost is None else cost
+    members = [[i] for i in range(len(pairs))]
+    if shared is not None:
+        members, tokens, cost = _units(tokens, cost, shared, max_tokens, math.inf if together else cost.sum() / ranks)
     slots = max(1, -(-int(tokens.sum()) // (ranks * max_tokens)))
     slots = -(-slots // multiple_of) * multiple_of
     split = _split_together if together else _split_by_load
-    cost = tokens if cost is None else cost
-    while True:
-        plan = split(cost, tokens, slots, ranks, max_tokens)
-        if plan is not None:
-            return [[pairs[share] for share in slot] for slot in plan]
-        slots += multiple_of
+    while (plan := split(cost, tokens, slots, ranks, max_tokens)) is None:
+        slots += multiple_of * max(1, slots // (100 * multiple_of))
+    return [[pairs[np.sort(np.array([i for unit in share for i in members[unit]], dtype=np.int64))] for share in slot] for slot in plan]
+
+
+def _units(
+    tokens: np.ndarray, cost: np.ndarray, shared: Shared, room: int, most: float
+) -> tuple[list[list[int]], np.ndarray, np.ndarray]:
+    """Pairs of one key together, up to ``room`` tokens and a cost of ``most``: (members, tokens, cost) of each unit."""
+    members: list[list[int]] = []
+    filled: list[int] = []
+    loads: list[float] = []
+    latest: dict[int, int] = {}
+    for i, key in enumerate(shared.keys.tolist()):
+        unit = latest.get(key)
+        more, dearer = tokens[i] - shared.tokens[i], cost[i] - shared.cost[i]
+        if unit is not None and filled[unit] + more <= room and loads[unit] + dearer <= most:
+            members[unit].append(i)
+            filled[unit] += more
+            loads[unit] += dearer
+        else:
+            latest[key] = len(members)
+            members.append([i])
+            filled.append(int(tokens[i]))
+            loads.append(float(cost[i]))
+    return members, np.array(filled, dtype=np.int64), np.array(loads)
 
 
 def _split_by_load(cost: np.ndarray, tokens: np.ndarray, slots: int, ranks: int, room: int) -> list[list[np.ndarray]] | None:
@@ -154,7 +213,8 @@ class BatchPlan:
 
     Args:
         order: positions to pairs. tokens: int64 [all pairs], what counts towards ``max_tokens``. cost: [all pairs], what is balanced;
-            None: the tokens. batch: G pairs a step. ranks, max_tokens, multiple_of, together: as in ``split_by_cost``.
+            None: the tokens. shared: of all pairs. batch: G pairs a step. ranks, max_tokens, multiple_of, together: as in
+            ``split_by_cost``.
     """
 
     def __init__(
@@ -168,10 +228,11 @@ class BatchPlan:
         multiple_of: int = 1,
         together: bool = False,
         cost: np.ndarray | None = None,
+        shared: Shared | None = None,
     ) -> None:
         self.order, self.tokens, self.batch, self.ranks, self.max_tokens = order, tokens, batch, ranks, max_tokens
         self.multiple_of, self.together = multiple_of, together
-        self.cost = tokens if cost is None else cost
+        self.cost, self.shared = tokens if cost is None else cost, shared
         self.step = lru_cache(maxsize=4)(self._make_step)
 
     def pairs(self, consumed: int) -> np.ndarray:
@@ -188,12 +249,8 @@ class BatchPlan:
             multiple_of=self.multiple_of,
             cost=self.cost[pairs],
             together=self.together,
+            shared=self.shared.of(pairs) if self.shared is not None else None,
         )
-
-    def imbalance(self, consumed: int) -> float:
-        """Largest cost of a micro-batch over their mean, over all ranks: 1 is perfect; the time lost under pipelining is at most this."""
-        costs = [self.cost[share].sum() for slot in self.step(consumed) for share in slot]
-        return float(max(costs) / (sum(costs) / len(costs)))
 
     def first_split_step(self, consumed: int, end: int) -> int | None:
         """Where, from ``consumed`` pairs to ``end``, the first step starts that has several micro-batches; None when there is none.

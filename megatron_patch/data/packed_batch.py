@@ -10,13 +10,14 @@ its responses is a sequence of its own *behind* it. "Sequence" below is what the
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_patch.preference.logps import ScoredTargets, scored_targets
+from megatron_patch.transfer import to_device
 
 # P pairs (samples), R responses, S sequences, T packed tokens, N scored tokens.
 
@@ -78,15 +79,10 @@ class PackedBatch:
 
     def to(self, device: torch.device | str | int) -> "PackedBatch":
         """The same batch with its tensors on ``device``."""
-        return replace(
-            self,
-            tokens=self.tokens.to(device, non_blocking=True),
-            cu_seqlens=self.cu_seqlens.to(device, non_blocking=True),
-            scored=self.scored.to(device),
-            lengths=self.lengths.to(device, non_blocking=True),
-            reference=self.reference.to(device, non_blocking=True),
-            scores=self.scores.to(device, non_blocking=True),
-        )
+        tensors: dict[str, Any] = {name: to_device(value, device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        positions, targets, response, responses = self.scored
+        scored = ScoredTargets(to_device(positions, device), to_device(targets, device), to_device(response, device), responses)
+        return replace(self, scored=scored, **tensors)
 
 
 class _Row:
@@ -147,7 +143,8 @@ def pack(
     ``share_prompts``: each prompt is in the row once.
 
     Raises:
-        ValueError: a sample scores nothing, scores the first token of a sequence, or has a token id outside the vocabulary; names it.
+        ValueError: a sample scores nothing, scores the first token of a sequence, has a token id outside the vocabulary, or another prompt
+            than its group; names it.
     """
     row = _Row(sequence_multiple)
     prompts: dict[object, int] = {}
@@ -157,6 +154,8 @@ def pack(
             prompts[sample.prompt_key] = row.add(sample.sequences[0][:shared], np.full(shared, -1))
         if shared:
             behind = prompts[sample.prompt_key]
+            if not np.array_equal(row.sequences[behind][:shared], sample.sequences[0][:shared]):
+                raise ValueError(f"pair {sample.name}: its prompt differs from that of another pair of its prompt group: a damaged store?")
         for r, (ids, is_scored) in enumerate(zip(sample.sequences, sample.scored, strict=True)):
             _check(sample.name, ids, is_scored, vocab_size)
             row.add(ids[shared:], np.where(is_scored, r * len(samples) + p, -1)[shared:], behind)

@@ -23,6 +23,7 @@ def parse_weighted_prefixes(words: Sequence[str]) -> tuple[list[str], list[float
     Raises:
         ValueError: a weight without a prefix, or weights for some prefixes only.
     """
+
     def number(word: str) -> float | None:
         """A weight, or None for a prefix."""
         try:
@@ -43,7 +44,7 @@ def parse_weighted_prefixes(words: Sequence[str]) -> tuple[list[str], list[float
 
 
 class Work(NamedTuple):
-    """What samples take to compute, int64 [samples] each: that is linear in the first and the last, attention in the second."""
+    """What samples or micro-batches take to compute, int64 [as many] each: linear in the first and the last, attention in the second."""
 
     tokens: np.ndarray
     squares: np.ndarray
@@ -108,11 +109,15 @@ class SampleSet:
         shared = self.lengths[numbers, 0] - self.scored_lengths[numbers, 0]
         return shared if self.kind == "pairs" else np.zeros_like(shared)
 
-    def prompt_key(self, number: int) -> tuple[int, int, int]:
-        """Equal for samples whose prompts are the same, token by token: store, group, and length (prompts may have been cut)."""
-        which, document = self.locate(number)
-        group = int(self.stores[which].columns.group[document])
-        return which, group if group >= 0 else document, int(self.prompts(number))
+    def prompt_keys(self, numbers: np.ndarray) -> np.ndarray:
+        """int64 [samples]: equal for samples whose prompts are the same, token by token: group of a store, and length (some may be cut)."""
+        firsts = np.empty(len(numbers), dtype=np.int64)
+        which = np.searchsorted(self._ends, numbers, side="right")
+        for store in np.unique(which):
+            mine, offset = which == store, self._ends[store] - self.sizes[store]
+            groups = self.stores[store].columns.group[numbers[mine] - offset]
+            firsts[mine] = np.where(groups >= 0, groups + offset, numbers[mine])
+        return firsts << 24 | self.prompts(numbers)
 
     def work(self, share_prompts: bool, numbers: Any = slice(None)) -> "Work":
         """What samples take to compute, all or some; with ``share_prompts`` a sample's prompt is computed once."""
@@ -139,7 +144,7 @@ class SampleSet:
             name=self.name(which, document),
             scores=self.stores[which].columns.scores[document] if self.kind == "pairs" else None,
             prompt=int(self.prompts(number)),
-            prompt_key=self.prompt_key(number),
+            prompt_key=int(self.prompt_keys(np.array([number]))[0]),
         )
 
     def without_score_gap(self) -> list[str]:
@@ -207,9 +212,8 @@ class MicroBatchStream:
     plan: BatchPlan
     rank: int  # data-parallel rank
     vocab_size: int
-    shape: "RowShape"
+    shape: RowShape
     context_rank: int = 0
-
 
     def batch(self, slot: Sequence[np.ndarray]) -> PackedBatch:
         """This rank's packed micro-batch of a slot of the plan, which holds the sample numbers of every rank."""
@@ -226,21 +230,21 @@ class MicroBatchStream:
         return whole.of_context_rank(self.context_rank, self.shape.context_ranks)
 
     def work(self, consumed: int) -> tuple[Work, int]:
-        """(what the step after ``consumed`` pairs takes over all ranks, each number a sum; tokens of its rows, padding included)."""
-        shape = self.shape
-        totals, packed = np.zeros(3, dtype=np.int64), 0
+        """(what each micro-batch of the step after ``consumed`` pairs takes, [M x D]; tokens of all their rows, padding included)."""
+        shape, packed = self.shape, 0
+        works = []
         for share in (share for slot in self.plan.step(consumed) for share in slot):
             saved = self._prompts_met_again(share) if shape.share_prompts else np.zeros(0, dtype=np.int64)
             work = self.samples.work(shape.share_prompts, share)
-            totals += [work.tokens.sum() - saved.sum(), work.squares.sum() - np.square(saved).sum(), work.scored.sum()]
+            works.append([work.tokens.sum() - saved.sum(), work.squares.sum() - np.square(saved).sum(), work.scored.sum()])
             held = int(shape.tokens(self.samples, share).sum() - saved.sum())
             packed += round_up(max(held, shape.at_least), shape.multiple_of)
-        return Work(*totals[:, None]), packed
+        return Work(*np.array(works).T), packed
 
     def _prompts_met_again(self, share: np.ndarray) -> np.ndarray:
         """int64: the lengths of the prompts in a micro-batch that another of its samples brought already."""
-        keys = [self.samples.prompt_key(int(number)) for number in share]
-        return np.array([key[-1] for i, key in enumerate(keys) if key in keys[:i]], dtype=np.int64)
+        _, first = np.unique(self.samples.prompt_keys(share), return_index=True)
+        return np.delete(self.samples.prompts(share), first)
 
     def from_position(self, consumed: int) -> Iterator[PackedBatch]:
         """Endless: this rank's micro-batches of the step after ``consumed`` pairs, of the next one, and so on."""

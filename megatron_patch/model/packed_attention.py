@@ -24,6 +24,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_patch.transfer import to_device
+
 # T packed tokens, N query heads and G key/value heads of this rank, D head size; a grid has B blocks of Q queries and K keys.
 
 _ALIKE = 0.875
@@ -60,7 +62,8 @@ class Blocks:
     @cached_property
     def cumulative(self) -> tuple[Tensor, Tensor]:
         """int32 [blocks + 1] each: where the blocks' queries and keys start, and the totals."""
-        both = torch.tensor([[0, *accumulate(self.queries)], [0, *accumulate(self.keys)]], dtype=torch.int32).to(self.device)
+        both = torch.tensor([[0, *accumulate(self.queries)], [0, *accumulate(self.keys)]], dtype=torch.int32)
+        both = to_device(both, self.device)
         return both[0], both[1]
 
     @cached_property
@@ -69,7 +72,7 @@ class Blocks:
         before = torch.tensor(self.keys) - torch.tensor(self.queries)
         sizes = torch.tensor(self.queries)
         first = before + sizes - sizes.cumsum(0)
-        return (torch.arange(int(sizes.sum())) + first.repeat_interleave(sizes)).to(self.device)
+        return to_device(torch.arange(int(sizes.sum())) + first.repeat_interleave(sizes), self.device)
 
     @cached_property
     def grids(self) -> tuple[list[Grid], Tensor]:
@@ -84,25 +87,25 @@ class Blocks:
             tokens, real = _cells(start_q, q, shape[1])
             cell_of_token[tokens[real]] = begin + torch.nonzero(real.view(-1)).view(-1)
             begin += tokens.numel()
-            keys = _cells(start_k, k, shape[2])[0].view(-1).to(self.device)
+            keys = to_device(_cells(start_k, k, shape[2])[0].view(-1), self.device)
             keys = keys if self.key_tokens is None else self.key_tokens[keys]
-            mask = None if torch.equal(q, k) else _lower_right(q, k, shape).to(self.device)
-            grids.append(Grid(shape, tokens.view(-1).to(self.device), keys, mask))
-        return grids, cell_of_token.to(self.device)
+            mask = None if torch.equal(q, k) else to_device(_lower_right(q, k, shape), self.device)
+            grids.append(Grid(shape, to_device(tokens.view(-1), self.device), keys, mask))
+        return grids, to_device(cell_of_token, self.device)
 
     def _alike(self) -> list[list[int]]:
         """Numbers of the blocks in groups of like length, longest first."""
         groups: list[list[int]] = []
+        most_keys = fewest = most = 0
         for b in sorted(range(len(self.queries)), key=lambda b: (-self.keys[b], -self.queries[b])):
-            if groups and self._fits(b, groups[-1]):
+            lowest, highest = min(fewest, self.queries[b]), max(most, self.queries[b])
+            if groups and (most_keys <= _SHORT or (self.keys[b] >= _ALIKE * most_keys and lowest >= _ALIKE * highest)):
                 groups[-1].append(b)
+                fewest, most = lowest, highest
             else:
                 groups.append([b])
+                most_keys, fewest, most = self.keys[b], self.queries[b], self.queries[b]
         return groups
-
-    def _fits(self, block: int, group: list[int]) -> bool:
-        most_keys, queries = self.keys[group[0]], [self.queries[b] for b in (*group, block)]
-        return most_keys <= _SHORT or (self.keys[block] >= _ALIKE * most_keys and min(queries) >= _ALIKE * max(queries))
 
 
 def _cells(starts: Tensor, lengths: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -159,7 +162,7 @@ def row_blocks(lengths: Sequence[int], behind: Sequence[int], device: Any) -> Bl
     places = [torch.arange(start, stop) for start, stop in pairwise(starts)]
     seen = [(places[before], own) if before >= 0 else (own,) for own, before in zip(places, behind, strict=True)]
     keys = [sum(map(len, parts)) for parts in seen]
-    return Blocks(lengths, keys, torch.cat([*chain.from_iterable(seen)]).to(device), device=device)
+    return Blocks(lengths, keys, to_device(torch.cat([*chain.from_iterable(seen)]), device), device=device)
 
 
 def context_blocks(lengths: Sequence[int], rank: int, ranks: int, device: Any) -> Blocks:
@@ -180,7 +183,7 @@ def context_blocks(lengths: Sequence[int], rank: int, ranks: int, device: Any) -
             queries.append(chunk)
             keys.append((last + 1) * chunk)
             tokens.append(places[: keys[-1]])
-    return Blocks(queries, keys, torch.cat(tokens).to(device), device=device)
+    return Blocks(queries, keys, to_device(torch.cat(tokens), device), device=device)
 
 
 class _GatherRows(torch.autograd.Function):
@@ -251,6 +254,8 @@ def _varlen_attention(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks,
 
 def _grid_attention(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scale: float) -> Tensor:
     grids, cell_of_token = blocks.grids
+    if query.is_cuda:  # only the flash and math kernels group heads: with a mask or in float32 all scores would be in memory
+        key, value = (rows.repeat_interleave(query.size(1) // key.size(1), dim=1) for rows in (key, value))
 
     def spread(packed: Tensor, tokens: Tensor, rows: int) -> Tensor:
         """[T, H, D] -> [B, H, Q or K, D]."""

@@ -33,8 +33,8 @@ class PackedRotary(torch.nn.Module):
 
     def forward(self, positions: int, **_: Any) -> Tensor:
         """[T, 1, 1, D]: frequencies by token; under context parallelism this rank's are where upstream cuts them out for it."""
-        layout = self._layout
-        assert layout is not None
+        layout, self._layout = self._layout, None
+        assert layout is not None, "get_rotary_seq_len of the same forward pass comes first"
         if len(self._known) < positions:
             self._known = self._table(positions)
         own = self._known[layout.blocks.positions]

@@ -4,8 +4,9 @@
 the output layer and the tied weight, and what it returns is the model's output. Only positions that predict response tokens
 reach the output layer, a chunk of them at a time: the chunk's logits are float32, shared out over tensor parallelism by vocabulary,
 used and forgotten, and computed again in backward; only the last chunk's stay, because backward can begin with them. So the peak is
-chunk x vocabulary / TP, whatever the batch. The same idea without the vocabulary split: Wijmans et al., "Cut Your Losses in
-Large-Vocabulary Language Models" (arXiv 2411.09009), section 4.
+chunk x vocabulary / TP, whatever the batch. The weight's gradient goes into Megatron's float32 buffer where there is one, chunk by chunk:
+no second one of its size is made, and nothing is rounded on the way. The same idea without the vocabulary split: Wijmans et al., "Cut Your
+Losses in Large-Vocabulary Language Models" (arXiv 2411.09009), section 4.
 """
 
 from collections.abc import Iterator
@@ -99,32 +100,41 @@ class _ChunkedLogProbs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        """d logp / d logit = onehot(target) - softmax; sums over chunks are float32."""
+        """d logp / d logit = onehot(target) - softmax; sums over chunks are float32.
+
+        As upstream's fused accumulation does (core/tensor_parallel/layers.py:692), the weight's gradient is added to its ``main_grad``;
+        the zeros returned for it are what DDP's hook waits for, and what a tied embedding's own gradient is added to.
+        """
         hidden, weight, positions, targets, own_peak, scale = ctx.saved_tensors
         shard, (grad,) = ctx.shard, grads
         exponentials, ctx.last_exponentials = ctx.last_exponentials, None  # changed in place: a second backward computes them again
         grad_hidden = torch.zeros_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        main_grad: Tensor | None = getattr(weight, "main_grad", None)
+        if main_grad is None or main_grad.dtype != torch.float32:
+            main_grad = None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if main_grad is None else main_grad
         for part in reversed([*_chunks(len(targets), shard.chunk)]):
             rows = hidden[positions[part]]
             if exponentials is None:
                 exponentials = _logits(rows, weight, shard).sub_(own_peak[part].unsqueeze(-1)).exp_()
             mine, column = shard.own(targets[part])
-            grad_logits = exponentials.mul_((-grad[part] * scale[part]).unsqueeze(-1))
+            grad_logits: Tensor = exponentials.mul_((-grad[part] * scale[part]).unsqueeze(-1))
             grad_logits.scatter_add_(-1, column.unsqueeze(-1), (grad[part] * mine).unsqueeze(-1))
-            grad_hidden.index_add_(0, positions[part], (grad_logits.to(weight.dtype) @ weight).to(hidden.dtype))
-            _add_outer(grad_weight, grad_logits, rows, weight.dtype)
+            grad_logits = grad_logits.to(weight.dtype)
+            grad_hidden.index_add_(0, positions[part], (grad_logits @ weight).to(hidden.dtype))
+            _add_outer(grad_weight, grad_logits, rows)
             del grad_logits  # before the next chunk's are made
             exponentials = None
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
+        left = grad_weight.to(weight.dtype) if main_grad is None else weight.new_zeros(()).expand_as(weight)
+        return grad_hidden, left, None, None, None
 
 
-def _add_outer(total: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype) -> None:
-    """total [V, H] += left [C, V]^T right [C, H], all float32; on a GPU from factors of the model's dtype."""
-    if total.is_cuda and dtype != torch.float32:
-        torch.addmm(total, left.to(dtype).t(), right, out_dtype=torch.float32, out=total)  # type: ignore[call-overload]
+def _add_outer(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """float32 total [V, H] += left [C, V]^T right [C, H], without rounding the products to the factors' dtype."""
+    if left.is_cuda and left.dtype != torch.float32:
+        torch.addmm(total, left.t(), right, out_dtype=torch.float32, out=total)  # type: ignore[call-overload]
     else:
-        total.addmm_(left.t(), right.float())
+        total.addmm_(left.float().t(), right.float())
 
 
 class _SumOverContext(torch.autograd.Function):

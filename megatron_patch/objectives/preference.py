@@ -55,7 +55,7 @@ class PreferenceObjective:
         losses = preference_loss(logps, self.options, around)
         if torch.is_grad_enabled():
             self.statistics.observe(logps)
-        count = torch.tensor(batch.samples, dtype=torch.int, device=losses.device)
+        count = torch.full((), batch.samples, dtype=torch.int, device=losses.device)
         metrics = preference_metrics(logps, self.options, losses, around, with_reference=self.with_reference)
         return losses, logps, (losses.sum().float(), count, metrics)
 

@@ -21,11 +21,6 @@ class ScoredTargets(NamedTuple):
     response: Tensor
     responses: int
 
-    def to(self, device: torch.device | str | int) -> "ScoredTargets":
-        """The same targets on ``device``."""
-        positions, targets, response = (t.to(device, non_blocking=True) for t in (self.positions, self.targets, self.response))
-        return ScoredTargets(positions, targets, response, self.responses)
-
 
 def scored_targets(tokens: Tensor, response_of_token: Tensor, responses: int, before: Tensor | None = None) -> ScoredTargets:
     """Turn a packed row into prediction positions and targets.

@@ -15,8 +15,8 @@ PYTHON = sys.stdlib_module_names
 INWARD = {
     "preference": set(),
     "evaluation": set(),
-    "data": {"preference"},
-    "model": {"checkpoint", "preference"},
+    "data": {"preference", "transfer"},
+    "model": {"checkpoint", "preference", "transfer"},
     "checkpoint": set(),
     "objectives": {"data", "preference"},
     "arguments": {"preference", "model", "checkpoint", "data"},
@@ -31,6 +31,7 @@ INWARD = {
         "refusals", "step_checks", "throughput",
     },
     "cpu_backend": set(),
+    "transfer": set(),
 }  # fmt: skip
 # What these may import from outside, besides Python's own library; where the value is False, only inside a function.
 OUTWARD = {
@@ -44,6 +45,7 @@ OUTWARD = {
     "arguments.py": {"torch": True},
     "entry.py": {"torch": True, "megatron": False},
     "cpu_backend.py": {"torch": True},
+    "transfer.py": {"torch": True},
 }
 
 

@@ -39,7 +39,8 @@ def test_prompts_are_not_output_work() -> None:
 
 @pytest.mark.parametrize(
     "name, tflops",
-    [("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA GB200", 2500), ("NVIDIA A100-SXM4-80GB", 312), ("cpu", None)],
+    [("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA GB200", 2500), ("NVIDIA A100-SXM4-80GB", 312),
+     ("NVIDIA H200 NVL", 835), ("NVIDIA A10", 125), ("NVIDIA A10G", None), ("NVIDIA RTX A4000", None), ("cpu", None)],
 )
 def test_peak_of_a_device_is_found_by_its_name(monkeypatch, name, tflops) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)

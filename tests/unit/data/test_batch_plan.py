@@ -10,7 +10,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from megatron_patch.data.batch_plan import BatchPlan, PairOrder, split_by_cost
+from megatron_patch.data import batch_plan
+from megatron_patch.data.batch_plan import BatchPlan, PairOrder, Shared, split_by_cost
 
 
 def flat(slots):
@@ -154,6 +155,73 @@ def test_bins_are_balanced_near_the_optimum(seed):
     assert loads.max() <= 4 / 3 * optimum_at_least
     # Ranks wait for the slowest of each micro-batch: what they lose is small.
     assert loads.max(axis=1).sum() <= 1.1 * loads.mean(axis=1).sum()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_cost_and_not_tokens_is_balanced(seed):
+    """Long-tailed pairs, the longest of which cost five times their share of the tokens."""
+    rng = np.random.default_rng(seed)
+    tokens = np.clip(rng.lognormal(6, 0.8, 64), 20, 2000).astype(np.int64)
+    cost = tokens * 500.0 + tokens.astype(float) ** 2
+
+    def imbalance(**options):
+        slots = split_by_cost(np.arange(64), tokens, ranks=2, max_tokens=12000, multiple_of=2, **options)
+        loads = np.array([cost[share].sum() for slot in slots for share in slot])
+        return loads.max() / loads.mean()
+
+    assert imbalance(cost=cost) < 1.01 < 1.02 < imbalance()
+
+
+def test_many_micro_batches_are_planned_in_a_few_attempts(monkeypatch):
+    """A validation set in one pass: the number of micro-batches is found to a percent, not one after another."""
+    tokens = np.random.default_rng(0).integers(300, 700, 3000)
+    attempts = []
+    monkeypatch.setattr(batch_plan, "_split_by_load", lambda *of, real=batch_plan._split_by_load: attempts.append(of) or real(*of))
+    slots = split_by_cost(np.arange(3000), tokens, ranks=1, max_tokens=1000, multiple_of=1)
+    assert flat(slots) == list(range(3000)) and len(attempts) < 70 < len(slots) - 3000 * 500 // 1000 + 70
+    assert all(tokens[share].sum() <= 1000 for slot in slots for share in slot)
+
+
+def test_pairs_of_a_key_follow_the_first_of_them():
+    keys = np.random.default_rng(0).integers(0, 12, 50)
+    plain, ordered = (PairOrder([30, 20], seed=4, keys=k).positions(0, 150).reshape(3, 50) for k in (None, keys))
+    for before, after in zip(plain, ordered, strict=True):
+        assert sorted(after) == list(range(50))
+        expected = [n for key in dict.fromkeys(keys[before].tolist()) for n in before[keys[before] == key]]
+        assert after.tolist() == expected
+
+
+def test_a_source_walked_through_twice_has_its_pairs_apart():
+    keys = np.zeros(10, dtype=np.int64)
+    walked = PairOrder([4, 6], seed=1, weights=[0.8, 0.2], keys=keys).positions(0, 10)  # source 0 twice, and 2 of source 1
+    assert Counter(walked[walked < 4].tolist()) == dict.fromkeys(range(4), 2)
+    halves = [i for i, n in enumerate(walked) if n < 4]
+    assert len(set(walked[halves[:4]])) == len(set(walked[halves[4:]])) == 4
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("seed", range(20))
+def test_pairs_of_a_key_share_a_bin_as_far_as_it_goes(seed, together):
+    rng = np.random.default_rng(seed)
+    count, ranks = int(rng.integers(4, 60)), int(rng.integers(1, 4))
+    keys, pairs = rng.integers(0, 8, count), rng.permutation(1000)[:count]
+    prompts = 50 + 10 * keys
+    tokens = prompts + rng.integers(20, 100, count)
+    shared = Shared(keys, prompts, prompts.astype(float))
+    slots = split_by_cost(pairs, tokens, ranks=ranks, max_tokens=700, multiple_of=1, shared=shared, together=together)
+    assert flat(slots) == sorted(pairs.tolist())
+    place = {pair: i for i, pair in enumerate(pairs.tolist())}
+    bins: Counter[int] = Counter()
+    for share in (share for slot in slots for share in slot):
+        held = [place[n] for n in share.tolist()]
+        assert held == sorted(held)
+        known = set(keys[held].tolist())
+        assert sum(tokens[held]) - sum(prompts[held]) + sum(50 + 10 * key for key in known) <= 700
+        bins.update(known)
+    mean = tokens.sum() / ranks
+    for key, spread in bins.items():  # a key's pairs are cut where a bin is full or a rank would get more than its part
+        whole = tokens[keys == key].sum()
+        assert spread <= max(1, 2 * -(-whole // 700), 1 if together else 2 * -(-whole // mean))
 
 
 # (mean tokens, G, D, max_tokens, multiple_of) and what the ranks' waiting may cost: long pairs, few to a bin.

@@ -6,7 +6,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from megatron_patch.data.batch_plan import BatchPlan, PairOrder
+from megatron_patch.data.batch_plan import BatchPlan, PairOrder, Shared
 from megatron_patch.data.pair_dataset import MicroBatchStream, RowShape, SampleSet, parse_weighted_prefixes
 from megatron_patch.data.pair_store import PairStore, PairStoreWriter, write_reference_logps
 
@@ -173,6 +173,62 @@ def test_micro_batches_respect_the_limit_up_to_the_filler(pairs):
     stream = make_stream(pairs, batch=7, max_tokens=64)
     for batch in islice(stream.from_position(0), 40):
         assert batch.tokens.size(1) % 2 == 0 and batch.tokens.size(1) < 64 + 2
+
+
+def same_prompt_pairs(prefix, count):
+    """Random pairs of four prompts, and one pair whose prompt was cut."""
+    rng = np.random.default_rng(5)
+    prompts = [rng.integers(1, VOCAB, n).tolist() for n in (5, 9, 9, 2)]
+    with PairStoreWriter(prefix, "pairs") as writer:
+        for i in range(count):
+            prompt = prompts[i % 4][1 if i == 9 else 0 :]
+            responses = [rng.integers(1, VOCAB, rng.integers(1, 8)).tolist() for _ in range(2)]
+            writer.add([prompt, *responses], id=f"p{i}", group=str(i % 4))
+        writer.commit(tokenizer={"fingerprint": "tok"}, template={"fingerprint": "tpl"}, sources=[])
+    return str(prefix)
+
+
+def test_prompt_keys_are_equal_for_equal_prompts(tmp_path):
+    samples = SampleSet([same_prompt_pairs(tmp_path / "a", 12), same_prompt_pairs(tmp_path / "b", 6)], "pairs")
+    keys = samples.prompt_keys(np.arange(18))
+    same = [[0, 4, 8], [1, 5], [9], [2, 6, 10], [3, 7, 11], [12, 16], [13, 17], [14], [15]]
+    assert sorted(sorted(np.flatnonzero(keys == key).tolist()) for key in np.unique(keys)) == sorted(same)
+    np.testing.assert_array_equal(samples.prompt_keys(np.array([16, 3, 9])), keys[[16, 3, 9]])
+
+
+SHAPES = [RowShape(), RowShape(4), RowShape(8, 2), RowShape(4, at_least=64), RowShape(2, share_prompts=True)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_work_is_that_of_the_packed_rows(tmp_path, shape):
+    samples = SampleSet([same_prompt_pairs(tmp_path / "a", 12), same_prompt_pairs(tmp_path / "b", 6)], "pairs")
+    prompts = samples.prompts()
+    shared = Shared(samples.prompt_keys(np.arange(18)), prompts, prompts) if shape.share_prompts else None
+    order = PairOrder(samples.sizes, seed=3, keys=shared and shared.keys)
+    plan = BatchPlan(order, shape.tokens(samples), batch=9, ranks=2, max_tokens=64, shared=shared)
+    for consumed in (0, 9, 18):
+        work, rows = MicroBatchStream(samples, plan, 0, VOCAB, shape).work(consumed)
+        tokens, squares, scored, padded = [], [], [], 0
+        for slot in plan.step(consumed):
+            for rank, share in enumerate(slot):
+                parts = [
+                    MicroBatchStream(samples, plan, rank, VOCAB, shape, context).batch(slot) for context in range(shape.context_ranks)
+                ]
+                padded += sum(part.tokens.size(1) for part in parts)
+                scored.append(sum(len(part.scored.positions) for part in parts))
+                kept = [len(s) for n in share for s in samples[n].sequences] if not shape.share_prompts else []
+                if shape.share_prompts:  # one prompt a key, and responses that see it
+                    met = {samples[n].prompt_key: samples[n].prompt for n in share}
+                    behind = [(len(s) - samples[n].prompt, samples[n].prompt) for n in share for s in samples[n].sequences]
+                    tokens.append(sum(met.values()) + sum(length for length, _ in behind))
+                    squares.append(sum(n * n for n in met.values()) + sum((p + n) ** 2 - p * p for n, p in behind))
+                else:
+                    tokens.append(sum(kept))
+                    squares.append(sum(n * n for n in kept))
+        assert [column.tolist() for column in work] == [tokens, squares, scored]
+        assert rows == padded
+    if shape.share_prompts:
+        assert all(len(np.unique(shared.keys[share])) <= 3 for slot in plan.step(0) for share in slot), "prompts are kept together"
 
 
 @pytest.mark.parametrize(

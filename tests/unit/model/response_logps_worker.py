@@ -40,6 +40,16 @@ def logps_of(case, rank, world, group, chunk):
     return {"logps": logps.detach(), "grad": first, "grad_again": second}
 
 
+def dense_of(case, rank, world, group, chunk):
+    """The same of hidden states in general, some of which predict two tokens, as the last of a shared prompt does."""
+    weight = shard(case["weight"].T, rank, world).T.contiguous().requires_grad_()
+    weight.main_grad = torch.full_like(weight, 0.5) if case["main_grad"] else None
+    hidden = case["hidden"].clone().requires_grad_()
+    logps = token_logps(hidden, weight, ScoredTargets(*case["scored"]), vocab_size=case["weight"].size(0), group=group, chunk=chunk)
+    (logps * case["token_weights"]).sum().backward()
+    return {"logps": logps.detach(), "hidden_grad": hidden.grad, "grad": weight.grad, "main_grad": weight.main_grad}
+
+
 def processor_of(case, rank, sequence_parallel):
     """`response_logps` at TP2, as GPTModel calls it, with an output layer whose pre-hook must be called before its weight is read."""
     hidden = case["hidden"].unsqueeze(1)
@@ -71,6 +81,8 @@ def run(rank, store, cases, out):
     results = {
         "world1": [logps_of(case, 0, 1, alone, chunk=4) for case in cases["logps"]],
         "world2": [logps_of(case, rank, 2, both, chunk=5) for case in cases["logps"]],
+        "dense1": [dense_of(case, 0, 1, alone, chunk=3) for case in cases["dense"]],
+        "dense2": [dense_of(case, rank, 2, both, chunk=2) for case in cases["dense"]],
         "tp2": [processor_of(case, rank, False) for case in cases["processor"]],
         "tp2_sp": [processor_of(case, rank, True) for case in cases["processor"]],
     }

@@ -60,6 +60,18 @@ def test_values_and_gradients_are_the_naive_ones(lengths, heads, groups):
     assert_same(*packed(lengths, heads, groups))
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_other_precisions_are_the_same_within_theirs(dtype, tolerance):
+    exact = packed([3, 7, 1, 4], 4, 2)
+    rounded = [rows.detach().to(dtype).requires_grad_() for rows in exact[:3]]
+    judge, found = (causal_attention(*rows, exact[3], 0.3) for rows in (exact[:3], rounded))
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), judge, rtol=tolerance, atol=tolerance)
+    grads = [torch.autograd.grad(out.square().sum(), rows) for out, rows in ((judge, exact[:3]), (found, rounded))]
+    for expected, grad in zip(*grads, strict=True):
+        torch.testing.assert_close(grad.double(), expected, rtol=4 * tolerance, atol=4 * tolerance)
+
+
 # (tokens of each block, the rows that each sees)
 SHARED = {
     "two responses behind one prompt": ([3, 2, 4], [[0, 1, 2], [0, 1, 2, 3, 4], [0, 1, 2, 5, 6, 7, 8]]),

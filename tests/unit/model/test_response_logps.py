@@ -49,10 +49,19 @@ PROCESSOR = {
 }
 
 
+def dense_case(main_grad):
+    """Position 2 predicts three tokens."""
+    case = processor_case([(0, 3, 0), (2, 10, 0), (2, 0, 1), (6, 5, 1), (2, 7, 2)], 3, tied=False)
+    return case | {"main_grad": main_grad, "token_weights": torch.tensor([0.3, -1.2, 0.7, 2.0, -0.4])}
+
+
+DENSE = {"gradient returned": dense_case(False), "gradient added to Megatron's buffer": dense_case(True)}
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("worker")
-    torch.save({"logps": list(LOGPS.values()), "processor": list(PROCESSOR.values())}, folder / "cases.pt")
+    torch.save({"logps": list(LOGPS.values()), "processor": list(PROCESSOR.values()), "dense": list(DENSE.values())}, folder / "cases.pt")
     command = [sys.executable, str(WORKER), str(folder / "cases.pt"), str(folder / "results")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
@@ -82,6 +91,25 @@ def test_logps_and_gradients_are_those_of_the_unpadded_softmax(results, name, wo
     tolerance = 1e-2 if case["logits"].dtype == torch.bfloat16 else 1e-6
     torch.testing.assert_close(whole[:, :vocab].double(), grad, rtol=tolerance, atol=tolerance)
     assert whole.size(1) - vocab == (-vocab) % world and not whole[:, vocab:].any(), "padded rows take no gradient"
+
+
+@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_position_may_predict_several_tokens(results, name, world):
+    case, index = DENSE[name], list(DENSE).index(name)
+    hidden, weight = (case[key].double().requires_grad_() for key in ("hidden", "weight"))
+    positions, targets, *_ = case["scored"]
+    logps = torch.log_softmax(hidden[positions] @ weight.T, dim=-1).gather(1, targets.unsqueeze(1)).squeeze(1)
+    (logps * case["token_weights"]).sum().backward()
+    parts = [results[rank][f"dense{world}"][index] for rank in range(world)]
+    hidden_grad, grad = sum(part["hidden_grad"] for part in parts), torch.cat([part["grad"] for part in parts])
+    if case["main_grad"]:  # what was there stays, and DDP's hook finds zeros to add
+        assert not grad.any()
+        grad = torch.cat([part["main_grad"] for part in parts]) - 0.5
+    for part in parts:
+        torch.testing.assert_close(part["logps"].double(), logps.detach(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(hidden_grad.double(), hidden.grad, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(grad[:11].double(), weight.grad, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", PROCESSOR)
