@@ -87,7 +87,7 @@ class PatchArguments:
         True, "before training, score two pairs with transformers and compare", action=argparse.BooleanOptionalAction
     )
     allow_reference_mismatch: bool = _flag(False, "go on although policy and reference differ at step 0", action="store_true")
-    allow_untested: bool = _flag(False, "go on with what no test has run: Transformer Engine's layers, --optimizer-cpu-offload", action="store_true")
+    allow_untested: bool = _flag(False, "go on with what no test has run: Transformer Engine, --optimizer-cpu-offload", action="store_true")
     check: bool = _flag(False, "check flags, checkpoint and data in one process, then exit", action="store_true")
 
 
