@@ -9,12 +9,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from benchmarks.report import ROOT, Line, torchrun
 
 BETA, RATE, SEED = 0.1, 1e-4, 1
 SHAPES = {"small": (4, 512, 1408, 8, 2), "base": (12, 896, 4864, 14, 2)}
 """layers, hidden, intermediate, heads, key/value heads: a toy, and half the depth of Qwen2.5 0.5B."""
+SHAPES_FOR_GPUS = {"0.5b": (24, 896, 4864, 14, 2), "1.5b": (28, 1536, 8960, 12, 2), "3b": (36, 2048, 11008, 16, 2)}
+"""Qwen2.5's; with its vocabulary."""
 VOCABULARIES = {"8k": 8_192, "152k": 151_936}
 PAIRS = {"gsm8k": 8, "tail": 4}
 """Pairs of a step."""
@@ -38,7 +41,11 @@ class Case(NamedTuple):
         return f"{self.shape}-{self.vocabulary}-{self.pairs}"
 
 
-CASES = {case.name: case for case in (Case(s, v, p, PAIRS[p]) for s in SHAPES for v in VOCABULARIES for p in PAIRS)}
+ON_CPUS = {case.name: case for case in (Case(s, v, p, PAIRS[p]) for s in SHAPES for v in VOCABULARIES for p in PAIRS)}
+CASES = ON_CPUS | {case.name: case for case in (Case(s, "152k", p, 64) for s in SHAPES_FOR_GPUS for p in PAIRS)}
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""A GPU where there is one: then everything is bfloat16 with float32 master weights, else float32."""
 
 
 def gsm8k_pairs(count: int) -> list[Pair]:
@@ -74,10 +81,9 @@ def tail_pairs(count: int) -> list[Pair]:
 
 def make_model(folder: Path, shape: str, vocabulary: str) -> None:
     """Random weights."""
-    import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    layers, hidden, ffn, heads, groups = SHAPES[shape]
+    layers, hidden, ffn, heads, groups = (SHAPES | SHAPES_FOR_GPUS)[shape]
     torch.manual_seed(SEED)
     config = Qwen2Config(
         vocab_size=VOCABULARIES[vocabulary], hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers,
@@ -124,16 +130,21 @@ def flops_of_pairs(folder: Path, *, share_prompts: bool = False) -> FloatArray:
     return useful_flops(read_qwen2_config(str(folder / "model")), samples.work(share_prompts))
 
 
+def where_and_how() -> tuple[str, ...]:
+    """Flags of our entries for this machine."""
+    return ("--device", DEVICE, "--bf16") if DEVICE == "cuda" else ("--device", DEVICE)
+
+
 def run_reference_pass(folder: Path, *flags: object) -> list[Line]:
     """Reference log-probs of ``folder/pairs`` by ``folder/model``; what the pass printed."""
-    command = ("-m", "toolkits.lpo_data_preprocessing.reference_logps", "--device", "cpu", "--seq-length", 4096)
+    command = ("-m", "toolkits.lpo_data_preprocessing.reference_logps", *where_and_how(), "--seq-length", 4096)
     return torchrun(*command, "--hf-path", folder / "model", "--pair-data", folder / "pairs", *flags)
 
 
 def run_ours(folder: Path, case: Case, steps: int, tokens: int, *flags: object, processes: int = 1) -> dict[str, Any]:
     """Seconds and losses of every step, and the most resident memory of a process."""
     save = folder / f"run-{time.time_ns()}"
-    argv = ["--device", "cpu", "--hf-path", folder / "model", "--pair-data", folder / "pairs", "--seq-length", 4096, "--seed", SEED]
+    argv = [*where_and_how(), "--hf-path", folder / "model", "--pair-data", folder / "pairs", "--seq-length", 4096, "--seed", SEED]
     argv += ["--loss-type", "sigmoid", "--beta", BETA, "--global-batch-size", case.batch, "--train-iters", steps, "--lr", RATE]
     argv += ["--min-lr", RATE, "--lr-decay-style", "constant", "--weight-decay", 0, "--adam-beta1", 0.9, "--adam-beta2", 0.999]
     argv += ["--adam-eps", 1e-8, "--clip-grad", 1.0, "--no-parity-check", "--max-tokens-per-micro-batch", tokens]

@@ -261,7 +261,7 @@ class BatchPlan:
         for start in range(consumed, end, self.batch):
             tokens = self.tokens[self.pairs(start)]
             surely_one = tokens.sum() / self.ranks + (1 - 1 / self.ranks) * tokens.max() <= self.max_tokens
-            if not (surely_one and self.multiple_of == 1) and len(self.step(start)) > 1:
+            if not (surely_one and self.multiple_of == 1 and self.shared is None) and len(self.step(start)) > 1:
                 return start
         return None
 

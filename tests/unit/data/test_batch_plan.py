@@ -259,6 +259,9 @@ def test_first_split_step_is_found_without_planning_every_step(limit):
     split = [consumed for consumed in range(20, 600, 10) if len(plan.split(plan.pairs(consumed))) > 1]
     assert plan.first_split_step(20, 600) == (split[0] if split else None)
     assert BatchPlan(PairOrder([50], seed=3), tokens, batch=10, ranks=2, max_tokens=9999, multiple_of=2).first_split_step(0, 10) == 0
+    pairs_of_two = Shared(np.arange(6) // 2, np.full(6, 2), np.full(6, 2.0))  # kept together they find less room
+    whole = BatchPlan(PairOrder([6], seed=3), np.full(6, 28), batch=6, ranks=2, max_tokens=100, together=True, shared=pairs_of_two)
+    assert whole.first_split_step(0, 6) == 0
 
 
 def test_fewer_pairs_than_slots_leave_slots_empty():
