@@ -23,6 +23,7 @@ from torch import Tensor
 
 from benchmarks import report
 
+CHUNKS = (256, 512, 1024, 2048, 4096)
 FULL, SHARD = 151_936, 37_984
 """Rows of Qwen2.5's output layer, and of a quarter of it (TP 4)."""
 
@@ -132,14 +133,16 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
             found = in_a_process("--measure", side, "--tokens", tokens, "--vocabulary", vocabulary, *shape)
             memory.append({"side": side, "vocabulary": vocabulary, "tokens": tokens, **found})
             print(side, vocabulary, tokens, f"{found['bytes'] / 2**20:.0f} MiB, {found['seconds']:.1f} s", file=sys.stderr)
-    common = ("--vocabulary", FULL, *shape, "--repetitions", args.repetitions)
+    whole = ("--vocabulary", FULL, "--hidden", args.hidden)
+    common = (*whole, "--chunk", args.chunk, "--repetitions", args.repetitions)
     times = {
         "equal tokens, 4 chunks of which 3 are computed again": in_a_process(
             "--measure", "time", "--tokens", 4096, "--scored", 4096, *common
         ),
         "plain scores prompts too (half of the tokens)": in_a_process("--measure", "time", "--tokens", 4096, "--scored", 2048, *common),
     }
-    return {"memory": memory, "times": times, "hidden": args.hidden, "chunk": args.chunk}
+    chunks = {chunk: in_a_process("--measure", "chunked", "--tokens", 4096, *whole, "--chunk", chunk) for chunk in CHUNKS}
+    return {"memory": memory, "times": times, "chunks": chunks, "hidden": args.hidden, "chunk": args.chunk}
 
 
 def of(results: dict[str, Any], side: str, vocabulary: int) -> list[tuple[int, float]]:
@@ -167,7 +170,9 @@ def page(results: dict[str, Any]) -> list[str]:
             f"- time, {name}: chunked {times['chunked']:.2f} s, plain {times['plain']:.2f} s (medians), ratio {times['ratio']:.2f}; "
             f"target {limit}: {report.verdict(times['ratio'], limit, least=False)}"
         )
-    return [*report.table(("vocabulary rows", "tokens", "plain", "chunked"), rows), "", *found]
+    chunks = [[str(n), f"{of['bytes'] / gibi:.2f} GiB", f"{of['seconds']:.1f}"] for n, of in results["chunks"].items()]
+    by_chunk = report.table((f"chunk ({FULL} rows, 4,096 tokens)", "peak", "seconds, once"), chunks)
+    return [*report.table(("vocabulary rows", "tokens", "plain", "chunked"), rows), "", *found, "", *by_chunk]
 
 
 def draw(results: dict[str, Any]) -> Any:

@@ -162,10 +162,11 @@ def in_a_process(folder: Path, case: Case, steps: int, side: str, setting: int) 
     return json.loads(report.python("-m", "benchmarks.train_step", *words)[-1].text)
 
 
-def fastest(measure: Callable[[int], dict[str, Any]], settings: Sequence[int]) -> tuple[int, dict[int, float]]:
-    """The setting whose second step is shortest, and the seconds of all."""
-    tried = {setting: measure(setting)["seconds"][1] for setting in settings}
-    return min(tried, key=lambda setting: tried[setting]), tried
+def fastest(measure: Callable[[int], dict[str, Any]], settings: Sequence[int]) -> tuple[int, dict[int, dict[str, float]]]:
+    """The setting whose second step is shortest, and seconds and bytes of all."""
+    runs = {setting: measure(setting) for setting in settings}
+    tried = {setting: {"seconds": run["seconds"][1], "bytes": run["bytes"]} for setting, run in runs.items()}
+    return min(tried, key=lambda setting: tried[setting]["seconds"]), tried
 
 
 def compare(case: Case, folder: Path, steps: int, repetitions: int) -> dict[str, Any]:
@@ -213,10 +214,15 @@ def page(results: list[dict[str, Any]]) -> list[str]:
             rows.append([result["case"], side, str(result["best"][side]), *(f"{number:.2f}" for number in (*numbers, *memory))])
     head = ("case", "side", "setting", "s/step", "pairs/s", "x TRL", "R", "of R", "peak GiB", "x TRL's")
     lines = [*report.table(head, rows), "", "Setting: TRL's is pairs on the device at a time, ours tokens of a micro-batch."]
-    lines += ["Seconds of the second step with each one tried, once:", ""]
+    lines += ["Each one tried, once, its second step:", ""]
     for result in results:
         for side, tried in result["tried"].items():
-            lines.append(f"- {result['case']}, {side}: " + ", ".join(f"{setting}: {s:.2f}" for setting, s in tried.items()))
+            found = (f"{setting}: {of['seconds']:.2f} s, {of['bytes'] / 2**30:.2f} GiB" for setting, of in tried.items())
+            lines.append(f"- {result['case']}, {side}: {'; '.join(found)}")
+    lines += ["", "Peak memory of the largest settings, ours over TRL's (target 0.5 at small-152k):", ""]
+    for result in results:
+        ours, trl = (result["tried"][side][max(result["tried"][side])]["bytes"] for side in ("ours", "trl"))
+        lines.append(f"- {result['case']}: {ours / 2**30:.2f} of {trl / 2**30:.2f} GiB, {ours / trl:.2f}")
     lines += ["", "Ours over the loop by hand (below 1: ours is faster; what Megatron, its wrapper and the CPU backend cost, net):", ""]
     for result in results:
         lines.append(f"- {result['case']}: {result['seconds']['ours'] / result['seconds']['loop by hand']:.2f}")
