@@ -159,7 +159,8 @@ def flops(folder: Path, case: Case, at_once: int) -> dict[str, float]:
 def in_a_process(folder: Path, case: Case, steps: int, side: str, setting: int) -> dict[str, Any]:
     """One side's run, with both cores."""
     words = ("--side", side, "--folder", folder, "--cases", case.name, "--setting", setting, "--steps", steps, "--output", "-")
-    return json.loads(report.python("-m", "benchmarks.train_step", *words)[-1].text)
+    found = json.loads(report.python("-m", "benchmarks.train_step", *words)[-1].text)
+    return {name: value for name, value in found.items() if name != "rows"}
 
 
 def fastest(measure: Callable[[int], dict[str, Any]], settings: Sequence[int]) -> tuple[int, dict[int, dict[str, float]]]:
