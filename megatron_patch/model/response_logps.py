@@ -125,8 +125,8 @@ class _ChunkedLogProbs(torch.autograd.Function):
             _add_outer(grad_weight, grad_logits, rows)
             del grad_logits  # before the next chunk's are made
             exponentials = None
-        left = grad_weight.to(weight.dtype) if main_grad is None else weight.new_zeros(()).expand_as(weight)
-        return grad_hidden, left, None, None, None
+        for_autograd = grad_weight.to(weight.dtype) if main_grad is None else weight.new_zeros(()).expand_as(weight)
+        return grad_hidden, for_autograd, None, None, None
 
 
 def _add_outer(total: Tensor, left: Tensor, right: Tensor) -> None:
