@@ -69,12 +69,13 @@ def page(results: list[dict[str, Any]]) -> list[str]:
 
 def draw(results: list[dict[str, Any]]) -> Any:
     """What padding costs, beside the ratio of tokens."""
-    figure, plot = report.axes(6, 1 + 0.5 * len(results))
+    figure, plot = report.axes(6, 1.3 + 0.5 * len(results))
     plot.barh([r["setting"] for r in results], [r["ratio"] for r in results], 0.5, color="tab:blue", label="time")
     plot.plot([r["tokens"] for r in results], range(len(results)), "k|", ms=20, mew=2, label="tokens")
     plot.axvline(1, color="gray", lw=0.8)
     plot.set_xlabel("padded over as they come")
-    plot.legend(frameon=False, loc="lower right")
+    plot.invert_yaxis()
+    figure.legend(loc="outside upper right", ncols=2, frameon=False)
     return figure
 
 

@@ -58,13 +58,14 @@ def page(results: list[dict[str, Any]]) -> list[str]:
 
 def draw(results: list[dict[str, Any]]) -> Any:
     """Both rates of every case."""
-    figure, plot = report.axes(6, 1 + 0.7 * len(results))
-    for offset, side, color in ((0.18, "pass", "tab:blue"), (-0.18, "training", "tab:gray")):
+    figure, plot = report.axes(6, 1.3 + 0.7 * len(results))
+    for offset, side, color in ((-0.18, "pass", "tab:blue"), (0.18, "training", "tab:gray")):
         rates = [r["flops_per_second"][side] / 1e9 for r in results]
         plot.barh([i + offset for i in range(len(results))], rates, 0.32, color=color, label=side)
     plot.set_yticks(range(len(results)), [r["case"] for r in results])
     plot.set_xlabel("useful GFLOP/s")
-    plot.legend(frameon=False, loc="lower right")
+    plot.invert_yaxis()
+    figure.legend(loc="outside upper right", ncols=2, frameon=False)
     return figure
 
 

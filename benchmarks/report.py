@@ -74,6 +74,12 @@ def verdict(value: float, target: float, *, least: bool = True) -> str:
     return "met" if missed <= 0 else f"missed by {missed:.2f}"
 
 
+def results(prefix: Path) -> Any:
+    """What `write` has written there, or an empty list."""
+    path = Path(f"{prefix}.json")
+    return json.loads(path.read_text(encoding="utf-8"))["results"] if path.exists() else []
+
+
 def write(prefix: Path, title: str, results: Any, lines: Sequence[str], where: str, figure: Any = None) -> None:
     """The three files of a benchmark (the picture where there is a figure)."""
     command = f"python -m benchmarks.{Path(sys.argv[0]).stem} {shlex.join(sys.argv[1:])}"

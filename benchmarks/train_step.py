@@ -4,7 +4,7 @@ Both sides get the same random Qwen2 weights, the same pairs in the same order (
 log-probs, AdamW with the same constants, float32 (on a GPU bfloat16 with float32 master weights; never run there). A step's time is from
 the end of the step before it: loading, collating, forward, backward, optimizer and logging are in both clocks, tokenising and the
 reference pass in neither. The first step of each process warms up and is not counted. The losses of every step must agree to 1e-4. Sides
-take turns, each time a new process; medians over all steps.
+take turns, each time a new process; medians over all steps. Cases that PREFIX.json has are kept.
 
 TRL's fastest setting is looked for first (pairs on the device at a time; its padding-free mode is off in this version, it says so), and
 ours too (tokens of a micro-batch). "loop by hand" is the same step in forty lines of torch: what any framework costs shows beside it.
@@ -214,7 +214,12 @@ def page(results: list[dict[str, Any]]) -> list[str]:
             memory = (result["bytes"][side] / 2**30, result["bytes"][side] / result["bytes"]["trl"])
             rows.append([result["case"], side, str(result["best"][side]), *(f"{number:.2f}" for number in (*numbers, *memory))])
     head = ("case", "side", "setting", "s/step", "pairs/s", "x TRL", "R", "of R", "peak GiB", "x TRL's")
-    lines = [*report.table(head, rows), "", "Setting: TRL's is pairs on the device at a time, ours tokens of a micro-batch."]
+    lines = [
+        *report.table(head, rows),
+        "",
+        "R is the ratio of operations, 0.9 of it the target.",
+        "Setting: TRL's is pairs on the device at a time, ours tokens of a micro-batch.",
+    ]
     lines += ["Each one tried, once, its second step:", ""]
     for result in results:
         for side, tried in result["tried"].items():
@@ -222,7 +227,7 @@ def page(results: list[dict[str, Any]]) -> list[str]:
             lines.append(f"- {result['case']}, {side}: {'; '.join(found)}")
     lines += ["", "Peak memory of the largest settings, ours over TRL's (target 0.5 at small-152k):", ""]
     for result in results:
-        ours, trl = (result["tried"][side][max(result["tried"][side])]["bytes"] for side in ("ours", "trl"))
+        ours, trl = (result["tried"][side][max(result["tried"][side], key=int)]["bytes"] for side in ("ours", "trl"))
         lines.append(f"- {result['case']}: {ours / 2**30:.2f} of {trl / 2**30:.2f} GiB, {ours / trl:.2f}")
     lines += ["", "Ours over the loop by hand (below 1: ours is faster; what Megatron, its wrapper and the CPU backend cost, net):", ""]
     for result in results:
@@ -233,16 +238,17 @@ def page(results: list[dict[str, Any]]) -> list[str]:
 
 def draw(results: list[dict[str, Any]]) -> Any:
     """Ratios to TRL beside R."""
-    figure, plot = report.axes(8, 0.9 + 0.75 * len(results))
+    figure, plot = report.axes(8, 1.2 + 0.75 * len(results))
     for i, result in enumerate(results):
-        for offset, side, color in ((0.18, "ours", "tab:blue"), (-0.18, "ours, shared prompts", "tab:green")):
+        for offset, side, color in ((-0.18, "ours", "tab:blue"), (0.18, "ours, shared prompts", "tab:green")):
             ratio = result["seconds"]["trl"] / result["seconds"][side]
             plot.barh(i + offset, ratio, 0.32, color=color, label=side if i == 0 else None)
             plot.plot([result["flops"]["trl"] / result["flops"][side]] * 2, [i + offset - 0.17, i + offset + 0.17], color="k", lw=2)
     plot.axvline(1, color="gray", lw=0.8)
     plot.set_yticks(range(len(results)), [result["case"] for result in results])
     plot.set_xlabel("pairs per second over TRL's (black: R, the ratio of operations)")
-    plot.legend(frameon=False, loc="lower right")
+    plot.invert_yaxis()
+    figure.legend(loc="outside upper right", ncols=2, frameon=False)
     return figure
 
 
@@ -261,10 +267,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         flags = ["--share-prompt"] if args.side == SIDES[-1] else []
         print(json.dumps(run(args.folder, CASES[args.cases[0]], args.steps, args.setting, *flags)))
         return 0
-    where, results = report.machine("transformers", "trl"), []
+    where, results = report.machine("transformers", "trl"), report.results(args.output)
     for name in args.cases:
-        results.append(compare(CASES[name], args.folder.resolve() / name, args.steps, args.repetitions))
-        report.write(args.output, "A training step beside TRL's", results, page(results), where, draw(results))
+        if name not in {result["case"] for result in results}:
+            results.append({"machine": where, **compare(CASES[name], args.folder.resolve() / name, args.steps, args.repetitions)})
+        machines = "; ".join(dict.fromkeys(result["machine"] for result in results))
+        report.write(args.output, "A training step beside TRL's", results, page(results), machines, draw(results))
     return 0
 
 
