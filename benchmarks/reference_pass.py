@@ -2,7 +2,8 @@
 
 Of a step's operations a third is the forward pass. The pass's operations per second (loading, gathering and saving in its clock), over
 those of the forward and backward of training steps on the same pairs (without loading, optimizer and logging): 1 is what the operations
-allow, 0.9 the target. The first block and the first step are not counted; processes take turns; medians.
+allow, 0.9 the target. A block, after which the pass gathers and saves, is four steps' pairs (1,024 pairs by default). The first block and
+the first step are not counted; processes take turns; medians.
 
     python -m benchmarks.reference_pass --output benchmarks/reference_pass
 """
@@ -18,13 +19,14 @@ from benchmarks import report
 from benchmarks.materials import CASES, Case, FloatArray, flops_of_pairs, make_materials, order_of, run_ours, run_reference_pass
 
 TOKENS = 4096
+STEPS_A_BLOCK = 4
 
 
 def seconds_of_blocks(folder: Path, case: Case) -> list[float]:
-    """How long each block of the pass took, from the lines it prints, the first left out."""
+    """How long each block of the pass took, the first left out, from the lines it prints."""
     for old in folder.glob("pairs.ref.*"):
         old.unlink()
-    printed = run_reference_pass(folder, "--block-pairs", case.batch, "--max-tokens-per-micro-batch", TOKENS)
+    printed = run_reference_pass(folder, "--block-pairs", STEPS_A_BLOCK * case.batch, "--max-tokens-per-micro-batch", TOKENS)
     times = [line.seconds for line in printed if " pairs | " in line.text]
     return [after - before for before, after in itertools.pairwise(times)]
 
@@ -34,15 +36,15 @@ def measure(folder: Path, case: Case, steps: int, repetitions: int) -> dict[str,
     make_materials(folder, case, steps)
     flops = flops_of_pairs(folder)
 
-    def per_batch(counts: FloatArray) -> FloatArray:
-        return counts.reshape(steps, case.batch).sum(axis=1)[1:]
+    def sums(counts: FloatArray, pairs: int) -> FloatArray:
+        return counts.reshape(-1, pairs).sum(axis=1)[1:]
 
     passes: list[float] = []
     training: list[float] = []
     for _ in range(repetitions):
-        passes += [count / 3 / s for count, s in zip(per_batch(flops), seconds_of_blocks(folder, case), strict=True)]
+        passes += [count / 3 / s for count, s in zip(sums(flops, STEPS_A_BLOCK * case.batch), seconds_of_blocks(folder, case), strict=True)]
         seconds = [row["seconds/forward_backward"] for row in run_ours(folder, case, steps, TOKENS)["rows"][1:]]
-        training += [count / s for count, s in zip(per_batch(flops[order_of(len(flops))]), seconds, strict=True)]
+        training += [count / s for count, s in zip(sums(flops[order_of(len(flops))], case.batch), seconds, strict=True)]
     rates = {"pass": statistics.median(passes), "training": statistics.median(training)}
     return {"case": case.name, "flops_per_second": rates, "ratio": rates["pass"] / rates["training"], "passes": passes, "steps": training}
 
@@ -74,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = report.parser(__doc__)
     parser.add_argument("--cases", nargs="+", default=["small-8k-gsm8k", "small-152k-gsm8k", "base-8k-tail"], choices=CASES)
     parser.add_argument("--folder", type=Path, default=Path("outputs/benchmark-reference-pass"), help="for models, stores and runs")
-    parser.add_argument("--steps", type=int, default=4, help="blocks and steps of each process; the first is not counted")
+    parser.add_argument("--steps", type=int, default=16, help="of each process, a multiple of 4; the first is not counted")
     parser.add_argument("--repetitions", type=int, default=2, help="processes of each side")
     args = parser.parse_args(argv)
     results = [measure(args.folder.resolve() / name, CASES[name], args.steps, args.repetitions) for name in args.cases]
