@@ -73,7 +73,9 @@ def draw(results: list[dict[str, Any]]) -> Any:
     plot.barh([r["setting"] for r in results], [r["ratio"] for r in results], 0.5, color="tab:blue", label="time")
     plot.plot([r["tokens"] for r in results], range(len(results)), "k|", ms=20, mew=2, label="tokens")
     plot.axvline(1, color="gray", lw=0.8)
-    plot.set_xlabel("padded over as they come")
+    plot.set(xscale="log", xlabel="padded over as they come")
+    plot.set_xticks([1, 2, 5, 10, 20, 40], ["1", "2", "5", "10", "20", "40"])
+    plot.minorticks_off()
     plot.invert_yaxis()
     figure.legend(loc="outside upper right", ncols=2, frameon=False)
     return figure
