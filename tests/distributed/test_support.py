@@ -111,6 +111,7 @@ def test_what_is_refused_says_so(bench: Bench, pair: frozenset[str]) -> None:
         (("--micro-batch-size", 2), ("--micro-batch-size 2", "--max-tokens-per-micro-batch")),
         (("--iterations-to-skip", 3), ("--iterations-to-skip",)),
         (("--hierarchical-context-parallel-sizes", 1), ("--hierarchical-context-parallel-sizes is not supported",)),
+        (("--decrease-batch-size-if-needed",), ("--decrease-batch-size-if-needed", "--global-batch-size pairs")),
         (("--logps-chunk-tokens", 0), ("--logps-chunk-tokens 0",)),
     ],
 )

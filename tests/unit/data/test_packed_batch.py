@@ -152,6 +152,12 @@ def test_context_ranks_share_every_sequence_and_every_scored_token(ranks, count)
     assert sorted(found) == sorted(zip(*(column.tolist() for column in whole.scored[:3]), strict=True))
 
 
+def test_another_prompt_under_the_same_key_is_an_error():
+    samples = [sample([1, 2, prompt], [3], [4], name=f"p{prompt}")._replace(prompt=3, prompt_key=0) for prompt in (5, 6)]
+    with pytest.raises(ValueError, match=r"pair p6: its prompt differs"):
+        pack(samples, multiple_of=1, vocab_size=VOCAB, responses_per_sample=2, share_prompts=True)
+
+
 @pytest.mark.parametrize("responses", [1, 2])
 def test_empty_micro_batch_is_one_dummy_sequence(responses):
     batch = pack([], multiple_of=4, vocab_size=VOCAB, responses_per_sample=responses)
