@@ -67,10 +67,7 @@ def draw(results: list[dict[str, Any]]) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and report, or, inside that, one side."""
-    parser = report.parser(__doc__)
-    parser.add_argument("--folder", type=Path, default=Path("outputs/benchmark-cpu-backend"), help="for models and stores")
-    parser.add_argument("--steps", type=int, default=6, help="of each process; the first is not counted")
-    parser.add_argument("--repetitions", type=int, default=3, help="processes of each side")
+    parser = report.parser(__doc__, repetitions=3, folder="benchmark-cpu-backend", steps=6)
     parser.add_argument("--side", choices=("with", "without"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.side:

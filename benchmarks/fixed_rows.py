@@ -83,10 +83,7 @@ def draw(results: list[dict[str, Any]]) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and report."""
-    parser = report.parser(__doc__)
-    parser.add_argument("--folder", type=Path, default=Path("outputs/benchmark-fixed-rows"), help="for models, stores and runs")
-    parser.add_argument("--steps", type=int, default=4, help="of each process; the first is not counted")
-    parser.add_argument("--repetitions", type=int, default=2, help="runs of each side")
+    parser = report.parser(__doc__, repetitions=2, folder="benchmark-fixed-rows", steps=4)
     args = parser.parse_args(argv)
     results = [measure(args.folder.resolve() / s.name.replace(" ", "-"), s, args.steps, args.repetitions) for s in SETTINGS]
     report.write(args.output, "Rows padded to a budget", results, page(results), report.machine(), draw(results))

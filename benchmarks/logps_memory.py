@@ -194,10 +194,9 @@ def draw(results: dict[str, Any]) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and report, or, inside that, one point."""
-    parser = report.parser(__doc__)
+    parser = report.parser(__doc__, repetitions=3)
     parser.add_argument("--hidden", type=int, default=896, help="hidden size (896: Qwen2.5 0.5B)")
     parser.add_argument("--chunk", type=int, default=1024, help="tokens whose logits are held at a time")
-    parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--measure", choices=("plain", "chunked", "time"), help=argparse.SUPPRESS)
     for name in ("tokens", "scored", "vocabulary"):
         parser.add_argument(f"--{name}", type=int, default=0, help=argparse.SUPPRESS)

@@ -2,8 +2,8 @@
 
 Of a step's operations a third is the forward pass. The pass's operations per second (loading, gathering and saving in its clock), over
 those of the forward and backward of training steps on the same pairs (without loading, optimizer and logging): 1 is what the operations
-allow, 0.9 the target. A block, after which the pass gathers and saves, is four steps' pairs (1,024 pairs by default). The first block and
-the first step are not counted; processes take turns; medians.
+allow, 0.9 the target. A block, after which the pass gathers and saves, is four steps' pairs (1,024 by default), so --steps is a multiple
+of four. The first block and the first step are not counted; processes take turns; medians.
 
     python -m benchmarks.reference_pass --output benchmarks/reference_pass
 """
@@ -73,11 +73,8 @@ def draw(results: list[dict[str, Any]]) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and report."""
-    parser = report.parser(__doc__)
+    parser = report.parser(__doc__, repetitions=2, folder="benchmark-reference-pass", steps=16)
     parser.add_argument("--cases", nargs="+", default=["small-8k-gsm8k", "small-152k-gsm8k", "base-8k-tail"], choices=CASES)
-    parser.add_argument("--folder", type=Path, default=Path("outputs/benchmark-reference-pass"), help="for models, stores and runs")
-    parser.add_argument("--steps", type=int, default=16, help="of each process, a multiple of 4; the first is not counted")
-    parser.add_argument("--repetitions", type=int, default=2, help="processes of each side")
     args = parser.parse_args(argv)
     results = [measure(args.folder.resolve() / name, CASES[name], args.steps, args.repetitions) for name in args.cases]
     report.write(args.output, "Reference pass", results, page(results), report.machine(), draw(results))

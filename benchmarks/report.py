@@ -17,10 +17,14 @@ ROOT = Path(__file__).resolve().parents[1]
 THREADS = len(os.sched_getaffinity(0))
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
-    """One that shows the script's own text and has ``--output``."""
+def parser(description: str | None, *, repetitions: int, folder: str = "", steps: int = 0) -> argparse.ArgumentParser:
+    """One that shows the script's own text and has ``--output`` and ``--repetitions``, and where something is trained the other two."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--output", type=Path, required=True, metavar="PREFIX", help="writes PREFIX.json, PREFIX.md and PREFIX.png")
+    made.add_argument("--repetitions", type=int, default=repetitions, help="of each side (default %(default)s)")
+    if folder:
+        made.add_argument("--folder", type=Path, default=Path("outputs") / folder, help="for models, stores and runs (default %(default)s)")
+        made.add_argument("--steps", type=int, default=steps, help="of each process; the first is not counted (default %(default)s)")
     return made
 
 

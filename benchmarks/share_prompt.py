@@ -73,10 +73,7 @@ def draw(results: list[dict[str, Any]]) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and report."""
-    parser = report.parser(__doc__)
-    parser.add_argument("--folder", type=Path, default=Path("outputs/benchmark-share-prompt"), help="for models, stores and runs")
-    parser.add_argument("--steps", type=int, default=3, help="of each process; the first is not counted")
-    parser.add_argument("--repetitions", type=int, default=2, help="processes of each side")
+    parser = report.parser(__doc__, repetitions=2, folder="benchmark-share-prompt", steps=3)
     args = parser.parse_args(argv)
     results = [measure(args.folder.resolve() / str(ratio), ratio, args.steps, args.repetitions) for ratio in RATIOS]
     report.write(args.output, "Shared prompts", results, page(results), report.machine(), draw(results))

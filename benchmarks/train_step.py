@@ -254,11 +254,8 @@ def draw(results: list[dict[str, Any]]) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and report, or, inside that, one side."""
-    parser = report.parser(__doc__)
+    parser = report.parser(__doc__, repetitions=2, folder="benchmark-train-step", steps=3)
     parser.add_argument("--cases", nargs="+", default=list(ON_CPUS), choices=CASES, help="SHAPE-VOCABULARY-PAIRS (default: those for CPUs)")
-    parser.add_argument("--folder", type=Path, default=Path("outputs/benchmark-train-step"), help="for models, stores and runs")
-    parser.add_argument("--steps", type=int, default=3, help="of each process; the first is not counted")
-    parser.add_argument("--repetitions", type=int, default=2, help="processes of each side")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--setting", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)

@@ -35,7 +35,7 @@ from megatron_patch.forward_step import ForwardStep, Objective, checked_finetune
 from megatron_patch.model.layer_specs import qwen2_block_spec
 from megatron_patch.model.packed_attention import kernel_name
 from megatron_patch.model.packed_rotary import PackedRotary
-from megatron_patch.model.qwen2 import read_qwen2_config
+from megatron_patch.model.qwen2 import Qwen2Config, read_qwen2_config
 from megatron_patch.objectives import finetune, preference, pretrain
 from megatron_patch.objectives.loss_statistics import LossStatistics
 from megatron_patch.objectives.preference import PreferenceObjective
@@ -110,11 +110,7 @@ def stream(
 ) -> MicroBatchStream:
     """The micro-batches of this data-parallel rank, G = ``batch`` pairs a step; ``together``: see ``split_by_cost``."""
     virtual = args.virtual_pipeline_model_parallel_size is not None
-    shape, model, shared = row_shape(args), read_qwen2_config(args.hf_path), None
-    if shape.share_prompts:
-        prompts = samples.prompts()
-        cost = useful_flops(model, Work(prompts, np.square(prompts), np.zeros_like(prompts)))
-        shared = Shared(samples.prompt_keys(np.arange(len(samples))), prompts, cost)
+    shape, model = row_shape(args), read_qwen2_config(args.hf_path)
     plan = BatchPlan(
         order,
         shape.tokens(samples),
@@ -124,7 +120,7 @@ def stream(
         multiple_of=args.pipeline_model_parallel_size if virtual else 1,
         together=together,
         cost=useful_flops(model, samples.work(shape.share_prompts)),
-        shared=shared,
+        shared=shared_prompts(samples, model) if shape.share_prompts else None,
     )
     return MicroBatchStream(
         samples,
@@ -134,6 +130,12 @@ def stream(
         shape=shape,
         context_rank=parallel_state.get_context_parallel_rank(),
     )
+
+
+def shared_prompts(samples: SampleSet, model: Qwen2Config) -> Shared:
+    """What pairs of one prompt save in one micro-batch: the prompt."""
+    prompts = samples.prompts()
+    return Shared(samples.prompt_keys(), prompts, useful_flops(model, Work(prompts, np.square(prompts), np.zeros_like(prompts))))
 
 
 def row_shape(args: argparse.Namespace) -> RowShape:
@@ -286,7 +288,7 @@ class TrainingRun:
     def dataset_provider(self, _sizes: Any = None, vp_stage: int | None = None) -> tuple[Any, Any, None]:
         """(train, validation, None) iterators of this rank, from the pairs consumed so far; one call per virtual stage."""
         args = self.args
-        keys = self.train.prompt_keys(np.arange(len(self.train))) if args.share_prompt else None
+        keys = self.train.prompt_keys() if args.share_prompt else None
         order = PairOrder(self.train.sizes, seed=args.seed, weights=self.weights, keys=keys)
         together = needs_peers(self.losses)
         train = stream(args, self.train, order, args.global_batch_size, self.model.vocab, together)

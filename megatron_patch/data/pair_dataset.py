@@ -109,8 +109,9 @@ class SampleSet:
         shared = self.lengths[numbers, 0] - self.scored_lengths[numbers, 0]
         return shared if self.kind == "pairs" else np.zeros_like(shared)
 
-    def prompt_keys(self, numbers: np.ndarray) -> np.ndarray:
-        """int64 [samples]: equal for samples whose prompts are the same, token by token: group of a store, and length (some may be cut)."""
+    def prompt_keys(self, numbers: np.ndarray | None = None) -> np.ndarray:
+        """int64 [samples]: equal for samples (some, or all) whose prompts are the same: a store's group, and length (some may be cut)."""
+        numbers = np.arange(len(self)) if numbers is None else numbers
         firsts = np.empty(len(numbers), dtype=np.int64)
         which = np.searchsorted(self._ends, numbers, side="right")
         for store in np.unique(which):

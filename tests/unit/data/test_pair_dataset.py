@@ -190,7 +190,7 @@ def same_prompt_pairs(prefix, count):
 
 def test_prompt_keys_are_equal_for_equal_prompts(tmp_path):
     samples = SampleSet([same_prompt_pairs(tmp_path / "a", 12), same_prompt_pairs(tmp_path / "b", 6)], "pairs")
-    keys = samples.prompt_keys(np.arange(18))
+    keys = samples.prompt_keys()
     same = [[0, 4, 8], [1, 5], [9], [2, 6, 10], [3, 7, 11], [12, 16], [13, 17], [14], [15]]
     assert sorted(sorted(np.flatnonzero(keys == key).tolist()) for key in np.unique(keys)) == sorted(same)
     np.testing.assert_array_equal(samples.prompt_keys(np.array([16, 3, 9])), keys[[16, 3, 9]])
@@ -203,7 +203,7 @@ SHAPES = [RowShape(), RowShape(4), RowShape(8, 2), RowShape(4, at_least=64), Row
 def test_work_is_that_of_the_packed_rows(tmp_path, shape):
     samples = SampleSet([same_prompt_pairs(tmp_path / "a", 12), same_prompt_pairs(tmp_path / "b", 6)], "pairs")
     prompts = samples.prompts()
-    shared = Shared(samples.prompt_keys(np.arange(18)), prompts, prompts) if shape.share_prompts else None
+    shared = Shared(samples.prompt_keys(), prompts, prompts) if shape.share_prompts else None
     order = PairOrder(samples.sizes, seed=3, keys=shared and shared.keys)
     plan = BatchPlan(order, shape.tokens(samples), batch=9, ranks=2, max_tokens=64, shared=shared)
     for consumed in (0, 9, 18):
@@ -216,15 +216,15 @@ def test_work_is_that_of_the_packed_rows(tmp_path, shape):
                 ]
                 padded += sum(part.tokens.size(1) for part in parts)
                 scored.append(sum(len(part.scored.positions) for part in parts))
-                kept = [len(s) for n in share for s in samples[n].sequences] if not shape.share_prompts else []
                 if shape.share_prompts:  # one prompt a key, and responses that see it
                     met = {samples[n].prompt_key: samples[n].prompt for n in share}
                     behind = [(len(s) - samples[n].prompt, samples[n].prompt) for n in share for s in samples[n].sequences]
                     tokens.append(sum(met.values()) + sum(length for length, _ in behind))
                     squares.append(sum(n * n for n in met.values()) + sum((p + n) ** 2 - p * p for n, p in behind))
                 else:
-                    tokens.append(sum(kept))
-                    squares.append(sum(n * n for n in kept))
+                    lengths = [len(s) for n in share for s in samples[n].sequences]
+                    tokens.append(sum(lengths))
+                    squares.append(sum(n * n for n in lengths))
         assert [column.tolist() for column in work] == [tokens, squares, scored]
         assert rows == padded
     if shape.share_prompts:
