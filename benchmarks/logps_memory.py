@@ -1,7 +1,8 @@
 """Peak memory and time of the log-prob step (hidden states -> log-probs of the scored tokens -> gradients), plain against chunked.
 
 Plain is what a trainer writes first: all logits, `log_softmax`, `gather`. Chunked is `megatron_patch.model.response_logps.token_logps`.
-Both get the same hidden states [T, H] and output weight [V, H] in float32, sum the log-probs and go back to both gradients. Each point
+Both get the same hidden states [T, H] and output weight [V, H] in float32, sum the log-probs and go back to both gradients, the weight's
+added to a buffer that is there before, as under Megatron's DDP. Each point
 of memory is a process of its own: the peak of its resident memory during the step, above what it had before (inputs made, one small step
 done). Plain is measured as far as it fits and extended by a straight line (dashed in the picture).
 
@@ -52,7 +53,7 @@ def chunked_logps(chunk: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 def step(side: Callable, hidden: Tensor, weight: Tensor, targets: Tensor) -> float:
     """Forward and backward; the sum of the log-probs."""
-    hidden.grad = weight.grad = None
+    hidden.grad, weight.grad_added_to_main_grad = None, False  # type: ignore[attr-defined]
     total = side(hidden, weight, targets).sum()
     total.backward()
     return total.item()
@@ -63,7 +64,20 @@ def inputs(tokens: int, vocabulary: int, hidden: int) -> tuple[Tensor, Tensor, T
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(tokens, hidden, generator=generator)
     weight = torch.randn(vocabulary, hidden, generator=generator) * 0.02
-    return states.requires_grad_(), weight.requires_grad_(), torch.randint(vocabulary, (tokens,), generator=generator)
+    return states.requires_grad_(), as_under_ddp(weight.requires_grad_()), torch.randint(vocabulary, (tokens,), generator=generator)
+
+
+def as_under_ddp(weight: Any) -> Tensor:
+    """With a buffer for its gradient, and what Megatron's DDP does when a gradient is there (distributed_data_parallel.py:476)."""
+    weight.main_grad, weight.grad_added_to_main_grad = torch.zeros_like(weight), False
+
+    def hook(parameter: Any) -> None:
+        if not parameter.grad_added_to_main_grad:
+            parameter.main_grad.add_(parameter.grad)
+        parameter.grad = None
+
+    weight.register_post_accumulate_grad_hook(hook)
+    return weight
 
 
 class Peak(threading.Thread):
@@ -84,7 +98,6 @@ def measure_memory(side: Callable, tokens: int, vocabulary: int, hidden: int) ->
     """Bytes above the baseline, and seconds, of one step."""
     states, weight, targets = inputs(tokens, vocabulary, hidden)
     step(side, states[:8].detach().requires_grad_(), weight, targets[:8])
-    weight.grad = None
     watch = Peak()
     watch.start()
     started = time.perf_counter()

@@ -2,8 +2,9 @@
 
 Of a step's operations a third is the forward pass. The pass's operations per second (loading, gathering and saving in its clock), over
 those of the forward and backward of training steps on the same pairs (without loading, optimizer and logging): 1 is what the operations
-allow, 0.9 the target. A block, after which the pass gathers and saves, is four steps' pairs (1,024 by default), so --steps is a multiple
-of four. The first block and the first step are not counted; processes take turns; medians.
+allow, 0.9 the target. (Training's backward computes the logits of all but the last chunk again, which is counted as no work, so at a large
+vocabulary the ratio may be above 1.) A block, after which the pass gathers and saves, is four steps' pairs (1,024 by default), so --steps
+is a multiple of four. The first block and the first step are not counted; processes take turns; medians.
 
     python -m benchmarks.reference_pass --output benchmarks/reference_pass
 """

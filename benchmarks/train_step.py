@@ -4,13 +4,14 @@ Both sides get the same random Qwen2 weights, the same pairs in the same order (
 log-probs, AdamW with the same constants, float32 (on a GPU bfloat16 with float32 master weights; never run there). A step's time is from
 the end of the step before it: loading, collating, forward, backward, optimizer and logging are in both clocks, tokenising and the
 reference pass in neither. The first step of each process warms up and is not counted. The losses of every step must agree to 1e-4. Sides
-take turns, each time a new process; medians over all steps. Cases that PREFIX.json has are kept.
+take turns, each time a new process; of each step the median over the turns, and of these the mean. Cases that PREFIX.json has are kept.
 
-TRL's fastest setting is looked for first (pairs on the device at a time; its padding-free mode is off in this version, it says so), and
-ours too (tokens of a micro-batch). "loop by hand" is the same step in forty lines of torch: what any framework costs shows beside it.
-R is TRL's floating-point operations over ours: what the ratio of times should be if both were equally fast at it. Counted are 6 per
-parameter and token and attention by squares; TRL's with its padding, and the output layer at every position, as it is off a GPU
-(trl/trainer/utils.py: only its Triton kernels leave unscored positions out); ours at scored tokens. Recomputation counts for nobody.
+The faster settings are looked for first, one run of two steps each: TRL's pairs on the device at a time (its padding-free mode is off in
+this version, it says so), our tokens of a micro-batch. Other settings were not tried. "loop by hand" is the same step in forty lines of
+torch: what any framework costs shows beside it. R is TRL's floating-point operations over ours: what the ratio of times should be if both
+were equally fast at it. Counted are 6 per parameter and token and attention by squares; TRL's with its padding, and off a GPU the output
+layer at every position (trl/trainer/utils.py: only its Triton kernels leave unscored positions out); ours at scored tokens. Recomputation
+counts for nobody.
 
     python -m benchmarks.train_step --output benchmarks/train_step --cases small-8k-gsm8k small-8k-tail ...
 """
@@ -144,7 +145,11 @@ def flops_of_trl(folder: Path, case: Case, at_once: int) -> float:
         for i in range(0, len(rows), at_once)
     ])  # fmt: skip
     rows_at_once = 2 * at_once
-    return float(useful_flops(model, Work(rows_at_once * longest, rows_at_once * longest**2, rows_at_once * (longest - 1))).sum())
+    scored = rows_at_once * (longest - 1)
+    if DEVICE == "cuda":
+        responses = np.array([len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows])
+        scored = np.add.reduceat(responses, np.arange(0, len(rows), at_once))
+    return float(useful_flops(model, Work(rows_at_once * longest, rows_at_once * longest**2, scored)).sum())
 
 
 def flops(folder: Path, case: Case, at_once: int) -> dict[str, float]:
@@ -186,15 +191,20 @@ def compare(case: Case, folder: Path, steps: int, repetitions: int) -> dict[str,
         for side in SIDES:
             runs[side].append(in_a_process(folder, case, steps, side, best[side]))
     losses = {side: runs[side][0]["losses"] for side in runs}
-    near = 2e-2 if DEVICE == "cuda" else 1e-4
-    assert all(abs(a - b) < near for each in losses.values() for a, b in zip(each, losses["trl"], strict=True)), f"losses differ: {losses}"
+    near, every = 2e-2 if DEVICE == "cuda" else 1e-4, [run["losses"] for each in runs.values() for run in each]
+    assert all(abs(a - b) < near for each in every for a, b in zip(each, losses["trl"], strict=True)), f"losses differ: {every}"
     assert abs(losses["trl"][-1] - np.log(2)) > 1e-3, f"the loss stands still: {losses}"
-    seconds = {side: statistics.median(s for run in each for s in run["seconds"][1:]) for side, each in runs.items()}
+    seconds = {side: seconds_a_step([run["seconds"][1:] for run in each]) for side, each in runs.items()}
     return {
         "case": case.name, "batch": case.batch, "steps": steps, "tried": tried, "best": best, "seconds": seconds, "losses": losses,
         "flops": flops(folder, case, best["trl"]), "bytes": {side: max(run["bytes"] for run in each) for side, each in runs.items()},
         "runs": runs,
     }  # fmt: skip
+
+
+def seconds_a_step(runs: Sequence[Sequence[float]]) -> float:
+    """Of each step the median over runs; the mean of these, as steps differ in what they have to do."""
+    return statistics.mean(statistics.median(times) for times in zip(*runs, strict=True))
 
 
 def longest_pair(folder: Path) -> int:

@@ -176,12 +176,13 @@ def _check_ranks(known: argparse.Namespace) -> None:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     tp, pp, cp = known.tensor_model_parallel_size, known.pipeline_model_parallel_size, known.context_parallel_size
     if world % (tp * pp * cp):
-        raise ValueError(f"{world} processes cannot be cut into --tensor-model-parallel-size {tp} x --pipeline-model-parallel-size {pp}")
+        cut = f"--tensor-model-parallel-size {tp} x --pipeline-model-parallel-size {pp} x --context-parallel-size {cp}"
+        raise ValueError(f"{world} processes cannot be cut into {cut}")
     ranks, batch = world // (tp * pp * cp), known.global_batch_size
     if batch and batch % ranks:
         raise ValueError(
-            f"--global-batch-size {batch} is not a multiple of the {ranks} data-parallel ranks that {world} processes at TP {tp} x PP {pp} "
-            "make; change it, or the layout"
+            f"--global-batch-size {batch} is not a multiple of the {ranks} data-parallel ranks that {world} processes make at TP {tp} x PP "
+            f"{pp} x CP {cp}; change it, or the layout"
         )
 
 

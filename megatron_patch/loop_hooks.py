@@ -18,7 +18,7 @@ from megatron.training.global_vars import get_tensorboard_writer
 
 from megatron_patch.data.pair_dataset import MicroBatchStream
 from megatron_patch.model.qwen2 import Qwen2Config
-from megatron_patch.throughput import StepClock, peak_flops, peak_memory, useful_flops
+from megatron_patch.throughput import PHASES, StepClock, peak_flops, peak_memory, useful_flops
 
 
 @dataclass
@@ -174,7 +174,7 @@ def _evaluate_and_print(_: Callable, state: LoopState) -> Callable:
             return
         row = {"iteration": iteration, **{f"eval_{name}": float(value) for name, value in results.items()}}
         record_metrics(state, row)
-        _show_in_tensorboard(row, iteration)
+        _show_in_tensorboard({name: value for name, value in row.items() if name != "iteration"}, iteration)
         state.console(_console_line(state.mode, f"evaluation at step {iteration}", row))
 
     return evaluate_and_print_results
@@ -233,7 +233,8 @@ def _console_line(mode: str, where: str, row: dict[str, Any]) -> str:
     named = ((name, row.get(name, row.get(f"eval_{name}"))) for name in _SHOWN)
     parts = [f"{name.rpartition('/')[2] if name.startswith('lpo') else name} {value:.4f}" for name, value in named if value is not None]
     if "learning_rate" in row:
-        parts += [f"lr {row['learning_rate'] or 0:.3g}", f"{row['pairs_per_second']:.1f} samples/s"]
+        parts += [f"lr {row['learning_rate'] or 0:.3g}"]
+        parts += [f"{row['pairs_per_second']:.1f} samples/s, {row['tokens_per_second']:.0f} tokens/s"]
         parts += [f"{row['tflops_per_device']:.3g} TFLOP/s" + (f" (MFU {row['mfu']:.1%})" if "mfu" in row else "")]
-        parts += [f"{row['peak_memory_bytes'] / 2**30:.1f} GiB"]
+        parts += [f"{row['peak_memory_bytes'] / 2**30:.1f} GiB", "s: " + ", ".join(f"{row[f'seconds/{p}']:.2f} {p}" for p in PHASES)]
     return f"[{mode}] {where} | " + " | ".join(parts)

@@ -38,6 +38,10 @@ REFUSED: tuple[tuple[Callable[[argparse.Namespace], object], str], ...] = (
         "--step-batch-size-schedule, --rampup-batch-size and --decrease-batch-size-if-needed: a step is always --global-batch-size pairs",
     ),
     (lambda args: args.logps_chunk_tokens < 1, "--logps-chunk-tokens {logps_chunk_tokens}: needs at least one token at a time"),
+    (
+        lambda args: args.use_torch_fsdp2 or args.use_megatron_fsdp,
+        "--use-torch-fsdp2 and --use-megatron-fsdp are not supported: --use-distributed-optimizer shards gradients and optimizer state",
+    ),
     (lambda args: args.fp16, "--fp16 is not supported: its loss scaler needs overflows that our checks stop at; use --bf16"),
     (
         lambda args: args.hierarchical_context_parallel_sizes,

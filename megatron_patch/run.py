@@ -213,6 +213,13 @@ class TrainingRun:
         self.args.loss_statistics = state  # Megatron's args are saved in every checkpoint
 
     def _restore_statistics(self, checkpoint_args: argparse.Namespace) -> None:
+        began_with = getattr(checkpoint_args, "share_prompt", self.args.share_prompt)
+        if began_with != self.args.share_prompt:
+            began = "with" if began_with else "without"
+            raise AgreedError(
+                f"--share-prompt decides the order of an epoch's pairs, and this checkpoint's run began {began} it: going on otherwise "
+                "would leave pairs out and repeat others"
+            )
         if not self.statistics.restore(getattr(checkpoint_args, "loss_statistics", None)):
             self._say("the checkpoint was saved with other losses: the running statistics of these start anew")
         self._keep_statistics(self.statistics.state)

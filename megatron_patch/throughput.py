@@ -5,6 +5,7 @@ import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,10 @@ PEAK_TFLOPS = {
     "H20": 148, "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L20": 119, "A40": 150, "A10": 125,
 }  # fmt: skip
 """Dense bfloat16 tensor-core peaks by the words of the device's name, first match; NVIDIA's data sheets."""
+
+
+PHASES = ("data", "forward_backward", "optimizer", "other")
+"""Of a step's seconds."""
 
 
 def useful_flops(model: Qwen2Config, work: Work) -> np.ndarray:
@@ -41,7 +46,16 @@ def peak_flops() -> float | None:
 def peak_memory() -> int:
     """Most bytes that this process has held so far: of the GPU's memory, or of the machine's where there is none."""
     on_gpu = int(torch.cuda.max_memory_allocated())
-    return on_gpu or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return on_gpu or _peak_resident()
+
+
+def _peak_resident() -> int:
+    """This process's own, on Linux; getrusage's may be that of the process which started it."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return int(re.search(r"^VmHWM:\s+(\d+) kB", status, flags=re.MULTILINE)[1]) * 1024  # type: ignore[index]
 
 
 class StepClock:
@@ -74,7 +88,7 @@ class StepClock:
     def lap(self) -> dict[str, float]:
         """``seconds`` since the last lap and, of these, ``seconds/<phase>``; then start anew."""
         now = time.perf_counter()
-        whole, phases = now - self._started, dict.fromkeys(("data", "forward_backward", "optimizer"), 0.0) | self.seconds
+        whole, phases = now - self._started, dict.fromkeys(PHASES[:-1], 0.0) | self.seconds
         self._started, self.seconds = now, {}
-        phases["other"] = max(0.0, whole - sum(phases.values()))
+        phases[PHASES[-1]] = max(0.0, whole - sum(phases.values()))
         return {"seconds": whole, **{f"seconds/{name}": seconds for name, seconds in phases.items()}}

@@ -126,8 +126,9 @@ def split_by_cost(
         pairs: int64 [G] pair numbers. tokens: [G] tokens of each pair (prompt counted once per response).
         ranks: D. max_tokens: tokens a micro-batch may hold. multiple_of: PP under virtual PP, else 1.
         cost: [G] what each pair costs to compute; None: its tokens. (Attention makes long sequences cost more than their tokens.)
-        together: which pairs share a micro-batch (of all ranks) must depend on M alone, not on D: for losses that look at the whole of
-            it. Costs balance: ranks wait longer for the slowest of each micro-batch, by some percent and with few long pairs a bin by 15.
+        together: which pairs share a micro-batch (of all ranks) must depend on M (and, with ``shared``, on ``max_tokens``) alone, not on
+            D: for losses that look at the whole of it. Costs balance: ranks wait longer for the slowest of each micro-batch, by some
+            percent and with few long pairs a bin by 15.
         shared: pairs of one key go into one bin, as far as it has room and they cost no more than a rank's part of the step.
     Returns:
         ``[M][D]`` arrays of pair numbers, each in the order of ``pairs``.

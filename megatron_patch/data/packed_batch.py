@@ -1,8 +1,8 @@
 """One micro-batch as one packed (THD) row: sequences end to end, no attention across them, positions restarting at each.
 
-The only padding is at the end: dummy, unscored sequences that bring the row to a multiple of what sequence parallelism needs, or to a fixed
-length where one is asked for. Under context parallelism each sequence is padded to two chunks a rank, and a rank keeps its two of each:
-one from the front and the one as far from the back, so that causal attention costs all ranks the same.
+Padding is at the end: dummy, unscored sequences that bring the row to a multiple of what sequence parallelism needs, or to a fixed length
+where one is asked for. Under context parallelism alone each sequence is padded besides, to two chunks a rank, and a rank keeps its two of
+each: one from the front and the one as far from the back, so that causal attention costs all ranks the same.
 
 Responses may share a prompt (``share_prompts``): it is in the row once, for the two of a pair and for all pairs that have it, and each of
 its responses is a sequence of its own *behind* it. "Sequence" below is what the row is made of end to end, so prompts and responses then.

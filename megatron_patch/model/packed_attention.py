@@ -216,9 +216,10 @@ def _varlen_kernel() -> Callable[..., Any] | None:
 
 
 def has_varlen_kernel(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
-    """Whether torch computes this without padding: FlashAttention, so CUDA, half precision, heads of at most 256 in eights."""
-    computable = dtype in (torch.bfloat16, torch.float16) and head_size % 8 == 0 and head_size <= 256
-    return device.type == "cuda" and computable and _varlen_kernel() is not None
+    """Whether torch computes this without padding: FlashAttention, so Ampere or later, half precision, heads of at most 256 in eights."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or head_size % 8 or head_size > 256:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0) and _varlen_kernel() is not None
 
 
 def kernel_name(device: str, dtype: torch.dtype, head_size: int) -> str:
@@ -244,12 +245,17 @@ def _varlen_attention(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks,
     varlen_attn = _varlen_kernel()
     assert varlen_attn is not None
     if blocks.key_tokens is not None:
-        key, value = key.index_select(0, blocks.key_tokens), value.index_select(0, blocks.key_tokens)
+        key, value = _seen(key, blocks.key_tokens), _seen(value, blocks.key_tokens)
     of_queries, of_keys = blocks.cumulative
     return varlen_attn(
         query, key, value, of_queries, of_keys, max(blocks.queries), max(blocks.keys),
         window_size=(-1, 0), scale=scale, enable_gqa=query.size(1) != key.size(1),
     )  # fmt: skip
+
+
+def _seen(rows: Tensor, tokens: Tensor) -> Tensor:
+    """rows[tokens], where several blocks may see one row; the gradients of its copies are added up in float32 at least."""
+    return rows.to(torch.promote_types(rows.dtype, torch.float32)).index_select(0, tokens).to(rows.dtype)
 
 
 def _grid_attention(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scale: float) -> Tensor:
@@ -259,7 +265,8 @@ def _grid_attention(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, s
 
     def spread(packed: Tensor, tokens: Tensor, rows: int) -> Tensor:
         """[T, H, D] -> [B, H, Q or K, D]."""
-        return packed.index_select(0, tokens).view(rows, -1, *packed.shape[1:]).transpose(1, 2)
+        chosen = packed.index_select(0, tokens) if blocks.key_tokens is None else _seen(packed, tokens)
+        return chosen.view(rows, -1, *packed.shape[1:]).transpose(1, 2)
 
     outputs = []
     for grid in grids:

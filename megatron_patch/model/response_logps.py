@@ -1,12 +1,12 @@
 """Hidden states -> one log-prob sum per response, on the last pipeline stage, without ever holding tokens x vocabulary.
 
-``response_logps`` is an ``output_processor`` (megatron/core/models/gpt/gpt_model.py:719): upstream hands it the hidden states,
-the output layer and the tied weight, and what it returns is the model's output. Only positions that predict response tokens
-reach the output layer, a chunk of them at a time: the chunk's logits are float32, shared out over tensor parallelism by vocabulary,
-used and forgotten, and computed again in backward; only the last chunk's stay, because backward can begin with them. So the peak is
-chunk x vocabulary / TP, whatever the batch. The weight's gradient goes into Megatron's float32 buffer where there is one, chunk by chunk:
-no second one of its size is made, and nothing is rounded on the way. The same idea without the vocabulary split: Wijmans et al., "Cut Your
-Losses in Large-Vocabulary Language Models" (arXiv 2411.09009), section 4.
+``response_logps`` is an ``output_processor`` (megatron/core/models/gpt/gpt_model.py:719): upstream hands it the hidden states, the output
+layer and the tied weight, and what it returns is the model's output. Only positions that predict response tokens reach the output layer, a
+chunk of them at a time: the chunk's logits are float32, shared out over tensor parallelism by vocabulary, used and forgotten, and computed
+again in backward; only the last chunk's stay, because backward can begin with them. So the peak is chunk x vocabulary / TP, whatever the
+batch. The weight's gradient goes into Megatron's float32 buffer where there is one, chunk by chunk, so that nothing is rounded on the way
+and no pass over a second one of its size is made. The same idea without the vocabulary split: Wijmans et al., "Cut Your Losses in
+Large-Vocabulary Language Models" (arXiv 2411.09009), section 4.
 """
 
 from collections.abc import Iterator
@@ -79,7 +79,9 @@ class _ChunkedLogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, positions: Tensor, targets: Tensor, shard: VocabularyShard) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, positions: Tensor, targets: Tensor, shard: VocabularyShard, embeds: bool
+    ) -> Tensor:
         """hidden: [T, H]; weight: [V, H]; positions, targets: int64 [N], targets in global vocabulary rows; returns float32 [N] nats."""
         peak, total, chosen = hidden.new_empty(3, len(targets), dtype=torch.float32)
         exponentials = None
@@ -95,16 +97,12 @@ class _ChunkedLogProbs(torch.autograd.Function):
         total, chosen = sums
         scale = own_share / total  # from exponentials to probabilities
         ctx.save_for_backward(hidden, weight, positions, targets, own_peak, scale)
-        ctx.shard, ctx.last_exponentials = shard, exponentials
+        ctx.shard, ctx.embeds, ctx.last_exponentials = shard, embeds, exponentials
         return (chosen - peak) - total.log()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        """d logp / d logit = onehot(target) - softmax; sums over chunks are float32.
-
-        As upstream's fused accumulation does (core/tensor_parallel/layers.py:692), the weight's gradient is added to its ``main_grad``;
-        the zeros returned for it are what DDP's hook waits for, and what a tied embedding's own gradient is added to.
-        """
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
+        """d logp / d logit = onehot(target) - softmax; sums over chunks are float32."""
         hidden, weight, positions, targets, own_peak, scale = ctx.saved_tensors
         shard, (grad,) = ctx.shard, grads
         exponentials, ctx.last_exponentials = ctx.last_exponentials, None  # changed in place: a second backward computes them again
@@ -125,8 +123,20 @@ class _ChunkedLogProbs(torch.autograd.Function):
             _add_outer(grad_weight, grad_logits, rows)
             del grad_logits  # before the next chunk's are made
             exponentials = None
-        for_autograd = grad_weight.to(weight.dtype) if main_grad is None else weight.new_zeros(()).expand_as(weight)
-        return grad_hidden, for_autograd, None, None, None
+        for_autograd = grad_weight.to(weight.dtype) if main_grad is None else _already_added(weight, ctx.embeds)
+        return grad_hidden, for_autograd, None, None, None, None
+
+
+def _already_added(weight: Tensor, embeds: bool) -> Tensor | None:
+    """What autograd gets for a weight whose gradient is in its ``main_grad``, as upstream does it (core/tensor_parallel/layers.py:692).
+
+    DDP's hook waits for a gradient, which it leaves alone when the weight says that it was added: memory that nobody fills or reads. A
+    weight that is the embedding too gets one from there, which has to be added.
+    """
+    if embeds:
+        return None
+    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    return torch.empty_like(weight)
 
 
 def _add_outer(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -162,16 +172,18 @@ def _chunks(count: int, chunk: int) -> Iterator[slice]:
     return (slice(start, start + chunk) for start in range(0, count, chunk))
 
 
-def token_logps(hidden: Tensor, weight: Tensor, scored: ScoredTargets, *, vocab_size: int, group: Any, chunk: int) -> Tensor:
+def token_logps(
+    hidden: Tensor, weight: Tensor, scored: ScoredTargets, *, vocab_size: int, group: Any, chunk: int, embeds: bool = False
+) -> Tensor:
     """Log-probs [N] (nats, float32) of the scored tokens of a packed row; differentiable in ``hidden`` and ``weight``.
 
     Args:
         hidden: [T, H], all of the row's tokens on every rank of ``group``. weight: [V, H], this rank's rows of the output layer.
         vocab_size: rows that exist over all ranks. group: the ranks that share the vocabulary.
-        chunk: tokens whose logits are held at a time.
+        chunk: tokens whose logits are held at a time. embeds: the weight is also the embedding that these hidden states began with.
     """
     shard = VocabularyShard(weight.size(0), weight.size(0) * torch.distributed.get_rank(group), vocab_size, group, chunk)
-    return _ChunkedLogProbs.apply(hidden, weight, scored.positions, scored.targets, shard)
+    return _ChunkedLogProbs.apply(hidden, weight, scored.positions, scored.targets, shard, embeds)
 
 
 def response_logps(
@@ -198,7 +210,8 @@ def response_logps(
         hook(output_layer, ())
     weight = output_weight if output_weight is not None else output_layer.weight
     group = parallel_state.get_tensor_model_parallel_group()
-    logps = token_logps(hidden.squeeze(1), weight, context, vocab_size=vocab_size, group=group, chunk=chunk)
+    embeds = output_layer.weight is None  # tied, on the only stage: a last stage of several has a copy of its own
+    logps = token_logps(hidden.squeeze(1), weight, context, vocab_size=vocab_size, group=group, chunk=chunk, embeds=embeds)
     sums = sum_by_response(logps, context)
     if parallel_state.get_context_parallel_world_size() > 1:
         sums = _SumOverContext.apply(sums, parallel_state.get_context_parallel_group())

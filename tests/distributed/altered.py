@@ -88,7 +88,23 @@ def nan_response() -> None:
     ForwardStep._loss = _loss
 
 
-ALTERATIONS = {alteration.__name__: alteration for alteration in (unsaved, recorded, recorded_stores, shifted_mask, nan_response)}
+def exported_gradients() -> None:
+    """``--save-hf`` gets the gradients of the last step instead of the weights: whole tensors under one name each, at any layout."""
+    from megatron_patch.run import TrainingRun
+
+    original = TrainingRun.export
+
+    def export(self: TrainingRun) -> None:
+        for chunk in self.chunks:
+            for parameter in chunk.parameters():
+                parameter.data.copy_(parameter.main_grad)
+        original(self)
+
+    TrainingRun.export = export
+
+
+_ALL = (unsaved, recorded, recorded_stores, shifted_mask, nan_response, exported_gradients)
+ALTERATIONS = {alteration.__name__: alteration for alteration in _ALL}
 
 if __name__ == "__main__":
     for name in sys.argv[1].split(","):

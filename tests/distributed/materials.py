@@ -37,6 +37,7 @@ LAYOUTS: dict[str, tuple[int, tuple[object, ...]]] = {  # name -> (processes, fl
     "dp2": (2, ()),
     "dp2 small micro-batches": (2, ("--max-tokens-per-micro-batch", 90)),
     "dp2-do": (2, _DO),
+    "dp2-do small micro-batches": (2, (*_DO, "--max-tokens-per-micro-batch", 90, "--ddp-bucket-size", 10000)),
     "tp2-pp2": (4, (*_TP2, *_PP2)),
     "tp2-pp2-sp": (4, (*_TP2, *_PP2, "--sequence-parallel")),
     "cp2": (2, _CP2),

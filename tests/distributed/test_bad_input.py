@@ -149,6 +149,11 @@ def too_few_ranks(bench: Bench) -> Mistake:
     return Mistake(("--pipeline-model-parallel-size", 2), ("1 processes", "--pipeline-model-parallel-size 2"))
 
 
+def odd_ranks_for_context(bench: Bench) -> Mistake:
+    """3 processes cannot be cut into groups of 2 that share their sequences."""
+    return Mistake(("--context-parallel-size", 2), ("3 processes", "--context-parallel-size 2"))
+
+
 def no_data(bench: Bench) -> Mistake:
     """A weight without a prefix."""
     return Mistake(("--pair-data", "0.5"), ("0.5", "prefix"))
@@ -167,7 +172,7 @@ def indivisible_batch(bench: Bench) -> Mistake:
 BOTH: list[tuple[Callable[[Bench], Mistake], int]] = [
     (heads_not_divisible, 3), (missing_weights, 2), (truncated_store, 2), (missing_store, 1), (store_of_another_kind, 1),
     (malformed_preset, 1), (unknown_flag_in_preset, 1), (missing_preset, 1), (missing_model, 2), (pair_too_long, 2), (upstream_refuses, 1),
-    (not_a_number, 1), (too_few_ranks, 1), (no_data, 1), (wrong_tokenizer, 2),
+    (not_a_number, 1), (too_few_ranks, 1), (odd_ranks_for_context, 3), (no_data, 1), (wrong_tokenizer, 2),
 ]  # fmt: skip
 TRAIN_ONLY: list[tuple[Callable[[Bench], Mistake], int]] = [
     (unknown_loss, 2),

@@ -27,8 +27,8 @@ QUICK = {
 }
 CONTEXT = ("cp2", "cp2-do", "cp2-dp2 small micro-batches", "tp2-cp2-sp", "cp2-pp2")
 ONCE = (
-    "pp4 small micro-batches", "small chunks", "tp2-sp small chunks", "dp2-do small chunks", "pp2 fixed rows", "tp2-pp2-sp fixed rows",
-    "full recompute", "full recompute tp2-pp2-sp", "attention recompute", "mlp recompute cp2", "share-prompt",
+    "pp4 small micro-batches", "dp2-do small micro-batches", "small chunks", "tp2-sp small chunks", "dp2-do small chunks", "pp2 fixed rows",
+    "tp2-pp2-sp fixed rows", "full recompute", "full recompute tp2-pp2-sp", "attention recompute", "mlp recompute cp2", "share-prompt",
     "share-prompt small micro-batches", "share-prompt tp2-sp", "share-prompt pp2", "share-prompt dp2-do", "everything cp2",
     "everything share-prompt dp2",
 )  # fmt: skip
@@ -100,6 +100,24 @@ def test_bfloat16_is_float32_within_its_precision(
     difference = {name: worst(rows, judge, name) for name in ("loss", "grad_norm")}
     record_property("worst", difference)
     assert 1e-6 < difference["loss"] < 0.01 and difference["grad_norm"] < 0.05, difference
+
+
+GRADIENTS = ("tp2-sp", "pp2", "cp2", "share-prompt", "tp2-cp2-sp", "share-prompt pp2", "small micro-batches")
+
+
+@pytest.mark.parametrize("model", ["tied", "untied"])
+@pytest.mark.parametrize("layout", [pytest.param(name, marks=[pytest.mark.ci] * (name not in GRADIENTS[:4])) for name in GRADIENTS])
+def test_gradients_are_those_of_one_process(bench: Bench, off_tie: Path, layout: str, model: str) -> None:
+    """Every tensor's, after one step: to 1e-6 of the largest gradient of its tensor and, elementwise, of the model."""
+    flags = ("--train-iters", 1, "--lr", 0.0, "--clip-grad", 0.0, "--loss-type", "sigmoid", *OFF_TIE)
+    judge, found = (
+        tensors(bench.train(at, off_tie, *flags, model=model, alter="unsaved,exported_gradients") / "hf") for at in ("one", layout)
+    )
+    assert judge.keys() == found.keys() and all(gradient.any() for gradient in judge.values())
+    largest = max(float(gradient.abs().max()) for gradient in judge.values())
+    for name, gradient in judge.items():
+        difference = (gradient - found[name]).abs().max()
+        assert difference <= 1e-6 * largest and difference <= 1e-5 * gradient.abs().max(), (name, float(difference), largest)
 
 
 @pytest.mark.parametrize("layout", ["share-prompt", pytest.param("share-prompt dp2-do", marks=pytest.mark.ci)])

@@ -64,6 +64,14 @@ SAME_LAYOUT = [
 ]
 
 
+def test_share_prompt_may_not_change(bench: Bench) -> None:
+    """It decides the order of pairs: the rest of the epoch would leave some out and repeat others."""
+    start = whole(bench, "one")
+    run = bench.attempt("one", bench.folder("share-prompt-changed"), bench.reference(), "--load", start, "--share-prompt")
+    (error,) = run.errors
+    assert run.codes == [2] and "--share-prompt" in error and "began without it" in error
+
+
 @pytest.mark.parametrize(("layout", "flags"), SAME_LAYOUT)
 def test_same_layout_is_bit_equal(bench: Bench, layout: str, flags: tuple[object, ...]) -> None:
     """Losses, gradient norms and learning rates of steps 6 to 10, every exported tensor, the pairs of every step."""

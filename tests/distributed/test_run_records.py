@@ -35,13 +35,20 @@ def test_console_shows_every_step_once_and_negative_values(evaluated: tuple[Path
     assert [int(step) for step, _ in steps] == [1, 2, 3, 4]
     for (_, shown), row in zip(steps, harness.metrics(save), strict=True):
         assert f"rejected_logratio {row['lpo/rejected_logratio']:.4f}" in shown and f"loss {row['loss']:.4f}" in shown
+        for name, unit in (("pairs_per_second", "samples/s"), ("tokens_per_second", "tokens/s"), ("seconds/data", "data")):
+            (value,) = re.findall(rf"([\d.]+) {unit}(?:\W|$)", shown)
+            assert float(value) == pytest.approx(row[name], abs=0.51), name
+        assert row["imbalance"] >= 1 and row["peak_memory_bytes"] > 2**27
+        parts = [row[f"seconds/{phase}"] for phase in ("data", "forward_backward", "optimizer", "other")]
+        assert min(parts) >= 0 and sum(parts) == pytest.approx(row["seconds"], rel=0.2)
     assert any("rejected_logratio -0." in shown or "chosen_logratio -0." in shown for _, shown in steps)
 
 
 def test_tensorboard_has_what_the_file_has(evaluated: tuple[Path, str]) -> None:
     save, _ = evaluated
     events = EventAccumulator(str(save / "tensorboard")).Reload()
-    for name in ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "lpo/chosen_logratio", "lpo/anchor_active"):
+    speed = ("pairs_per_second", "tokens_per_second", "tflops_per_device", "peak_memory_bytes", "imbalance", "seconds", "seconds/data")
+    for name in ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "lpo/chosen_logratio", "lpo/anchor_active", *speed):
         written = {event.step: event.value for event in events.Scalars(name)}
         assert written == pytest.approx({row["iteration"]: row[name] for row in harness.metrics(save)}, rel=1e-6), name
     shown = {event.step: event.value for event in events.Scalars("eval_loss")}

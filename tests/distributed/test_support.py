@@ -112,6 +112,7 @@ def test_what_is_refused_says_so(bench: Bench, pair: frozenset[str]) -> None:
         (("--iterations-to-skip", 3), ("--iterations-to-skip",)),
         (("--hierarchical-context-parallel-sizes", 1), ("--hierarchical-context-parallel-sizes is not supported",)),
         (("--decrease-batch-size-if-needed",), ("--decrease-batch-size-if-needed", "--global-batch-size pairs")),
+        (("--use-torch-fsdp2",), ("fsdp2",)),
         (("--logps-chunk-tokens", 0), ("--logps-chunk-tokens 0",)),
     ],
 )

@@ -43,11 +43,30 @@ def logps_of(case, rank, world, group, chunk):
 def dense_of(case, rank, world, group, chunk):
     """The same of hidden states in general, some of which predict two tokens, as the last of a shared prompt does."""
     weight = shard(case["weight"].T, rank, world).T.contiguous().requires_grad_()
-    weight.main_grad = torch.full_like(weight, 0.5) if case["main_grad"] else None
+    if case["main_grad"]:
+        as_under_ddp(weight)
     hidden = case["hidden"].clone().requires_grad_()
-    logps = token_logps(hidden, weight, ScoredTargets(*case["scored"]), vocab_size=case["weight"].size(0), group=group, chunk=chunk)
-    (logps * case["token_weights"]).sum().backward()
-    return {"logps": logps.detach(), "hidden_grad": hidden.grad, "grad": weight.grad, "main_grad": weight.main_grad}
+    scored = ScoredTargets(*case["scored"])
+    logps = token_logps(hidden, weight, scored, vocab_size=case["weight"].size(0), group=group, chunk=chunk, embeds=case["embeds"])
+    total = (logps * case["token_weights"]).sum()
+    if case["embeds"]:
+        total = total + 0.25 * torch.nn.functional.embedding(torch.tensor([0, 1]), weight).sum()
+    total.backward()
+    grad = weight.main_grad if case["main_grad"] else weight.grad
+    return {"logps": logps.detach(), "hidden_grad": hidden.grad, "grad": grad}
+
+
+def as_under_ddp(weight):
+    """A buffer for its gradient, which holds something already, and the hook of core/distributed/distributed_data_parallel.py:476."""
+    weight.main_grad, weight.grad_added_to_main_grad = torch.full_like(weight, 0.5), False
+
+    def hook(parameter):
+        assert parameter.grad is not None
+        if not parameter.grad_added_to_main_grad:
+            parameter.main_grad.add_(parameter.grad)
+        parameter.grad = None
+
+    weight.register_post_accumulate_grad_hook(hook)
 
 
 def processor_of(case, rank, sequence_parallel):

@@ -1,5 +1,6 @@
 """Packed attention against a softmax written out for one sequence and one head at a time."""
 
+import inspect
 import math
 from itertools import chain
 
@@ -182,8 +183,11 @@ def test_what_it_cannot_do_is_refused():
         PackedAttention(transformer_config(), 1, AttnMaskType.causal, "self")(query, key, value)
 
 
-def test_the_kernel_without_padding_is_for_half_precision_on_a_gpu():
+def test_the_kernel_without_padding_is_for_half_precision_on_a_gpu(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert not has_varlen_kernel(gpu, torch.bfloat16, 128), "Turing has no FlashAttention of bfloat16"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert has_varlen_kernel(gpu, torch.bfloat16, 128)
     for where in ((gpu, torch.float32, 128), (cpu, torch.bfloat16, 128), (gpu, torch.bfloat16, 20), (gpu, torch.bfloat16, 264)):
         assert not has_varlen_kernel(*where)
@@ -195,7 +199,12 @@ def test_the_kernel_without_padding_gets_the_blocks_as_it_counts_them(monkeypatc
     """It runs on GPUs alone: a stand-in takes its arguments at their word (flash attention's lower right corner)."""
     from torch.nn.attention import varlen
 
-    def stand_in(query, key, value, of_queries, of_keys, max_q, max_k, *, window_size, scale, enable_gqa):
+    takes = inspect.signature(varlen.varlen_attn)
+
+    def stand_in(*arguments, window_size, scale, enable_gqa):
+        takes.bind(*arguments, window_size=window_size, scale=scale, enable_gqa=enable_gqa)
+        query, key, value, of_queries, of_keys, max_q, max_k = arguments
+        assert all(starts.dtype == torch.int32 and starts.is_contiguous() for starts in (of_queries, of_keys))
         queries, keys = of_queries.diff().tolist(), of_keys.diff().tolist()
         assert window_size == (-1, 0) and enable_gqa and (max_q, max_k) == (max(queries), max(keys))
         return naive(query, key, value, Blocks(queries, keys), scale)
