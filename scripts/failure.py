@@ -3,12 +3,13 @@
 torchrun's own summary stands at the end of a log, says nothing about the cause, and is left out. Python puts "[rankN]: " before every
 line of a traceback once the process group exists; the rank whose traceback came first is the one that failed first, the others lost
 their connection to it. A rank that died without a traceback (a signal, out of memory) is known from torchrun's summary alone, and
-the last lines before that summary are all there is.
+the last lines before that summary, less what others said of it, are all there is.
 
     python scripts/failure.py job.log
 """
 
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,9 +28,26 @@ def before_summary(lines: Sequence[str]) -> list[str]:
     return list(lines[:end])
 
 
+def how_it_ended(exit_code: str) -> str:
+    """Words for torchrun's "-9 (pid: 123)": a negative exit code is a signal."""
+    match = re.match(r"-(\d+)\b", exit_code)
+    if match is None or int(match[1]) not in set(signal.Signals):
+        return f"exit code {exit_code}"
+    name = signal.Signals(int(match[1])).name
+    return f"killed by {name}" + (" (the machine's memory may have run out)" if name == "SIGKILL" else "")
+
+
+def killed(text: str) -> str | None:
+    """The rank that torchrun saw end first, if it was killed outright: whoever complains then lost the connection to it."""
+    cause = ROOT_CAUSE.search(text)
+    return cause[1] if cause is not None and cause[2].startswith(f"-{signal.SIGKILL.value} ") else None
+
+
 def explain(text: str) -> list[str]:
     """The lines to show for a log's ``text``: who failed first and of what, then the last lines of that rank."""
-    lines = text.splitlines()
+    lines, victim = text.splitlines(), killed(text)
+    if victim is not None:
+        return [f"rank {victim}: {how_it_ended('-9')}", *[line for line in before_summary(lines) if not line.startswith("[rank")][-LAST:]]
     first = next((match[1] for match in map(TRACEBACK.match, lines) if match), None)
     if first is not None:
         own = [line for line in lines if line.startswith(f"[rank{first}]:")]
@@ -38,7 +56,7 @@ def explain(text: str) -> list[str]:
     error = next((match[1] for match in map(ERROR.match, own) if match), None)
     cause = ROOT_CAUSE.search(text)
     if error is None and cause is not None:
-        error = f"exit code {cause[2].strip()}"
+        error = how_it_ended(cause[2].strip())
     rank = first if first is not None else cause[1] if cause is not None else None
     who = f"rank {rank}: " if rank is not None else ""
     return [f"{who}{error or 'no error in the log'}", *own[-LAST:]]

@@ -7,7 +7,8 @@
 #   refuse MESSAGE                      a user's error: one line, exit code 2
 #   lies_in NAME PATH                   whether PATH is, or is below, what NAME names, a path or a glob
 # Environment: CONFIG (a file with more of these), DEVICE (auto, cuda or cpu: the one switch between GPUs and CPU), NPROC_PER_NODE
-# (default: the GPUs of a node that CUDA_VISIBLE_DEVICES leaves, else 1), MASTER_PORT, PRECISION (bf16 on GPUs, fp32 on the CPU).
+# (default: the GPUs of a node that CUDA_VISIBLE_DEVICES leaves, else 1), MASTER_PORT, PRECISION (bf16 on GPUs, fp32 on the CPU),
+# TORCHRUN_FLAGS (more of its flags, e.g. --max-restarts=3).
 # The terminal shows lines that start with "[" (one a stage, a step or an error); everything goes to OUTPUT/logs/NAME.log.
 # SLURM does not hand --cpus-per-task on to srun; this file does, divided where a node has several tasks.
 # Exit code: 0 finished, 2 a user's error, 75 preempted (please requeue), 1 anything else.
@@ -84,14 +85,28 @@ head_address() {
   scontrol show node "$head" --oneliner | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p' | grep . || echo "$head"
 }
 
+# A command, and after it an end of whatever it left: a rank that is killed leaves the helper processes of its checkpoints, which hold its
+# memory and our pipe. They are known by a word in their environment.
+without_orphans() {
+  local code=0 orphan
+  local -x LPO_JOB=$$-$RANDOM$RANDOM
+  "$@" || code=$?
+  while read -r orphan; do kill -KILL "$orphan" 2>/dev/null || true; done < <(grep -lzxs "LPO_JOB=$LPO_JOB" /proc/[0-9]*/environ | cut -d/ -f3)
+  return "$code"
+}
+
 run_torch() {
-  local rendezvous=(--standalone)
+  local rendezvous=(--standalone) more
+  read -ra more <<<"${TORCHRUN_FLAGS:-}" || true
+  # Without this, ranks that --max-restarts starts again find the addresses of the dead ones in the store (torch 2.13).
+  export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
   if [ "$NNODES" -gt 1 ]; then
     rendezvous=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID"
       --rdzv-endpoint "$(head_address):${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}")
-    srun --ntasks="$NNODES" --ntasks-per-node=1 "$PYTHON" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$NPROC_PER_NODE" "$@"
+    (trap - USR1; exec srun --ntasks="$NNODES" --ntasks-per-node=1 --kill-on-bad-exit=1 "$ROOT/scripts/on_node.sh" \
+      "$PYTHON" -m torch.distributed.run "${rendezvous[@]}" "${more[@]}" --nproc-per-node "$NPROC_PER_NODE" "$@")
   else
-    "$PYTHON" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$NPROC_PER_NODE" "$@"
+    without_orphans "$PYTHON" -m torch.distributed.run "${rendezvous[@]}" "${more[@]}" --nproc-per-node "$NPROC_PER_NODE" "$@"
   fi
 }
 
@@ -138,7 +153,7 @@ sharded() {
 
 supervise() { "$@" & wait_for $!; }
 
-terminated=0
+terminated=0 warned=0
 trap 'exit 75' TERM # when what is in the foreground has ended
 
 # The exit code of a job of this shell. Meanwhile SIGTERM (a user's kill, a preemption) goes on to it and its fellows, and USR1 (SLURM's
@@ -147,7 +162,7 @@ trap 'exit 75' TERM # when what is in the foreground has ended
 wait_for() {
   local job=$1 code=0; shift
   trap 'terminated=1; pass_on TERM "${@:-$job}" $(descendants "$job")' TERM
-  trap 'pass_on USR1 $(descendants "$job")' USR1
+  trap 'warned=1; pass_on USR1 $(descendants "$job")' USR1
   while wait "$job" || code=$?; kill -0 "$job" 2>/dev/null; do code=0; done # a trapped signal ends wait early
   trap 'exit 75' TERM
   trap - USR1
@@ -166,8 +181,8 @@ launch() {
   [ "$PRECISION" = fp32 ] || flags+=("--$PRECISION")
   mkdir -p "$output/logs"
   check "$log" "${run[@]}" "${flags[@]}" || return $?
-  # USR1 reaches the workers, which torchrun starts in sessions of their own: Megatron saves at the next step. torchrun and srun must
-  # not die of it: they inherit "ignore". A pipeline, not >(...): when it has ended the log is complete.
+  # USR1 reaches the workers, which torchrun starts in sessions of their own: Megatron saves at the next step. torchrun must not die of
+  # it: it inherits "ignore". srun passes it on to the nodes (on_node.sh). A pipeline, not >(...): when it has ended the log is complete.
   (trap '' USR1; set -o pipefail; run_torch "${run[@]}" "${flags[@]}" 2>&1 | (trap '' TERM; tee "$log" | show)) &
   wait_for $! || code=$?
   if [ "$code" != 0 ]; then
@@ -177,5 +192,9 @@ launch() {
     return 1
   fi
   local state=$output/run_state.json
-  if [ -f "$state" ] && grep -q '"preempted"' "$state"; then return 75; fi
+  if [ -f "$state" ] && grep -q '"preempted"' "$state"; then
+    # Asked to stop by a warning before the time limit: back into the queue. (A preempting or failing SLURM requeues by itself.)
+    [ -z "${SLURM_JOB_ID:-}" ] || [ "$warned" = 0 ] || scontrol requeue "$SLURM_JOB_ID"
+    return 75
+  fi
 }

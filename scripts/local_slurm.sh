@@ -28,7 +28,7 @@ SlurmUser=$user
 SlurmdUser=$user
 AuthType=auth/munge
 CryptoType=crypto/munge
-AuthInfo=socket=$dir/munge.socket
+AuthInfo=socket=$dir/munge.socket,cred_expire=5
 StateSaveLocation=$dir/state
 SlurmdSpoolDir=$dir/spool-%n
 SlurmctldPidFile=$dir/slurmctld.pid

@@ -28,9 +28,9 @@ TP=${TP:-1}
 PP=${PP:-1}
 [ -f "$PRESET" ] || PRESET=$ROOT/examples/qwen2_5/presets/$PRESET.args
 
-flags=(--tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" --save "$OUTPUT" --save-hf "$OUTPUT/hf")
+# A requeued or repeated job goes on from the checkpoints that it finds there.
+flags=(--tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" --save "$OUTPUT" --load "$OUTPUT" --save-hf "$OUTPUT/hf")
 [ "$TP" -gt 1 ] && flags+=(--sequence-parallel)
 [ "$GPUS" -gt 0 ] && flags+=(--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather)
-[ -f "$OUTPUT/latest_checkpointed_iteration.txt" ] && flags+=(--load "$OUTPUT") # a requeued or repeated job goes on
 
 launch train "$OUTPUT" examples/qwen2_5/train_qwen.py "@$PRESET" "${flags[@]}" "$@"

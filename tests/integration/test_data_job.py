@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -174,21 +174,6 @@ def assert_same(output: Path, plain: Path) -> None:
     for name in MADE:
         assert (output / name).read_bytes() == (plain / name).read_bytes(), name
     assert np.abs(np.load(output / "train.ref.npy") - np.load(plain / "train.ref.npy")).max() < 1e-4  # nats a response: another layout
-
-
-@pytest.fixture(scope="module")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The environment of a shell that sees two nodes."""
-    folder = tmp_path_factory.mktemp("slurm")
-    command = ["bash", ROOT / "scripts/local_slurm.sh"]
-    up = subprocess.run([*command, "up", folder], capture_output=True, text=True, timeout=600)
-    if up.returncode == 3:
-        pytest.skip(up.stderr.strip())
-    assert up.returncode == 0, up.stderr
-    try:
-        yield {"SLURM_CONF": up.stdout.strip().removeprefix("export SLURM_CONF="), "LOCAL_SLURM": str(folder)}
-    finally:
-        subprocess.run([*command, "down", folder], check=True)
 
 
 def sbatch(work: Path, output: Path, slurm: dict[str, str], script: Path, cwd: Path, **more: str) -> tuple[int, str]:

@@ -53,7 +53,7 @@ def test_a_warning_of_another_rank_is_no_failure() -> None:
 
 def test_killed_without_a_traceback() -> None:
     head, *rest = explain("".join(f"line {number}\n" for number in range(30)) + SUMMARY)
-    assert head == "rank 1: exit code -11 (pid: 28027)  (SIGSEGV)"
+    assert head == "rank 1: killed by SIGSEGV"
     assert rest == [f"line {number}" for number in range(10, 30)]
 
 
@@ -66,3 +66,10 @@ def test_before_the_process_group_exists() -> None:
 
 def test_an_empty_log() -> None:
     assert explain("") == ["no error in the log"]
+
+
+def test_a_rank_that_was_killed_is_the_first() -> None:
+    """Others complain of a lost connection before torchrun has noticed."""
+    summary = SUMMARY.replace("exitcode  : -11", "exitcode  : -9")
+    head, *rest = explain("step 7\n" + traceback(0, "RuntimeError: Connection reset by peer") + summary)
+    assert head == "rank 1: killed by SIGKILL (the machine's memory may have run out)" and rest == ["step 7"]

@@ -1,0 +1,105 @@
+"""What one or several runs were and how they went: settings, data, checkpoints, last numbers; curves as a picture.
+
+    python scripts/show_run.py outputs/math
+    python scripts/show_run.py outputs/math outputs/dpo --png curves.png --metrics loss rewards/margins eval_loss
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_patch.checkpoint import saved
+from megatron_patch.run_record import starts
+
+METRICS = ("loss", "rewards/accuracies", "rewards/margins", "lpo/chosen_logratio", "grad_norm", "eval_loss")
+
+
+def read_rows(save: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl; a last line that is still being written is left out."""
+    path = save / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def facts(save: Path) -> Iterator[tuple[str, str]]:
+    """(name, value) lines about a run."""
+    begun = starts(save)
+    last, rows = begun[-1], read_rows(save)
+    yield "started", begun[0]["started"] + (f", {len(begun)} times, last {last['started']}" if len(begun) > 1 else "")
+    state = json.loads((save / "run_state.json").read_text(encoding="utf-8")) if (save / "run_state.json").exists() else None
+    yield "state", f"{state['state']} at step {state['iteration']}" if state else "running, or killed"
+    yield "trained", f"{last['mode']} on {last['device']}, {last['processes']} processes: " + " ".join(
+        f"{name.upper()} {size}" for name, size in last["layout"].items()
+    )
+    yield "weights", f"{last['weights']['path']} ({last['weights']['fingerprint'][:12]})"
+    for store in last["stores"]:
+        reference = f", reference by {store['reference']['weights'][:12]} in {store['reference']['dtype']}" if store["reference"] else ""
+        yield "data", f"{store['prefix']}: {store['samples']} ({store['fingerprint'][:12]}){reference}"
+    yield "revision", last["revision"] or "unknown"
+    yield "versions", ", ".join(f"{name} {version}" for name, version in last["versions"].items())
+    yield "checkpoints", ", ".join(map(str, reversed(saved.steps(save)))) or "none"
+    if (save / "best.json").exists():
+        best = json.loads((save / "best.json").read_text(encoding="utf-8"))
+        yield "best", f"step {best['step']}, {best['metric']} {best['value']:.6g}"
+    for name in METRICS:
+        values = [(row["iteration"], row[name]) for row in rows if row.get(name) is not None]
+        if values:
+            yield name, f"{values[0][1]:.6g} at step {values[0][0]}, {values[-1][1]:.6g} at step {values[-1][0]}"
+
+
+def draw(runs: Sequence[Path], metrics: Sequence[str], path: Path) -> None:
+    """One panel a metric, one curve a run. ValueError for a metric that no run has."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = {run: read_rows(run) for run in runs}
+    known = sorted({name for of in rows.values() for row in of for name in row} - {"iteration"})
+    unknown = [name for name in metrics if name not in known]
+    if unknown:
+        raise ValueError(f"no run has a metric {unknown[0]!r}; there are {', '.join(known)}")
+    columns = min(3, len(metrics))
+    lines = -(-len(metrics) // columns)
+    figure, panels = pyplot.subplots(lines, columns, figsize=(4.5 * columns, 3 * lines), squeeze=False, layout="constrained")
+    for panel, name in zip(panels.flat, metrics, strict=False):
+        for run in runs:
+            points = [(row["iteration"], row[name]) for row in rows[run] if row.get(name) is not None]
+            panel.plot(*zip(*points, strict=True) if points else ((), ()), label=run.name, lw=1.2, marker="." if len(points) < 30 else None)
+        panel.set(title=name, xlabel="step")
+        panel.grid(alpha=0.3)
+    for panel in list(panels.flat)[len(metrics) :]:
+        panel.remove()
+    if len(runs) > 1:
+        handles, labels = panels.flat[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(runs)), frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print and draw; 0, or 2 after one line that says what is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="DIR", help="folders that were given as --save (or OUTPUT)")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="draw curves")
+    parser.add_argument("--metrics", nargs="+", metavar="NAME", help=f"which (default: those of {', '.join(METRICS)} that are there)")
+    args = parser.parse_args(argv)
+    try:
+        for run in args.runs:
+            print(f"{run}")
+            for name, value in facts(run):
+                print(f"  {name:20} {value}")
+        if args.png:
+            there = {name for run in args.runs for row in read_rows(run) for name in row}
+            draw(args.runs, args.metrics or [name for name in METRICS if name in there], args.png)
+            print(f"curves: {args.png}")
+    except ValueError as error:
+        print(f"[error] {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,5 @@
+"""The distributed tests' bench."""
+
+from tests.distributed.conftest import bench
+
+__all__ = ["bench"]

@@ -1,0 +1,167 @@
+"""Processes that die: the whole job is gone within seconds and says who died, and the same command goes on to the same end.
+
+Jobs are started as users start them, with the run script; the judge is the job that nothing happened to.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from megatron_patch.checkpoint import saved
+from tests.distributed import harness
+from tests.distributed.materials import Bench, tensors
+
+SCRIPT = "examples/qwen2_5/run_mcore_qwen_xpo.sh"
+STEPS = 60
+pytestmark = pytest.mark.full
+
+
+def environment(output: Path, more: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Two processes on the CPU; nothing of a SLURM around this test reaches the job."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    return {**kept, "PRESET": "sft", "OUTPUT": str(output), "NPROC_PER_NODE": "2", "DEVICE": "cpu", **(more or {})}
+
+
+def words(bench: Bench, *flags: object) -> list[str]:
+    """The job's command: fine-tuning, a checkpoint every ten steps."""
+    fixed = ("--hf-path", bench.models["tied"], "--pair-data", bench.sft, "--seq-length", 128, "--global-batch-size", 8)
+    schedule = ("--train-iters", STEPS, "--lr-warmup-iters", 1, "--save-interval", 10)
+    return [str(word) for word in ("bash", SCRIPT, *fixed, *schedule, *flags)]
+
+
+def start(bench: Bench, output: Path, *flags: object, **more: str) -> subprocess.Popen[str]:
+    """The job, in a session of its own."""
+    return subprocess.Popen(
+        words(bench, *flags), cwd=harness.ROOT, env=environment(output, more), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def undisturbed(bench: Bench) -> Path:
+    """The job left alone."""
+    output = bench.folder("undisturbed")
+    job = start(bench, output)
+    shown, errors = job.communicate(timeout=300)
+    assert job.returncode == 0, shown + errors
+    return output
+
+
+def wait_for_step(output: Path, step: int) -> None:
+    """Until a step is recorded."""
+    metrics, deadline = output / "metrics.jsonl", time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if metrics.exists() and len(metrics.read_text().splitlines()) >= step:
+            return
+        time.sleep(0.05)
+    raise AssertionError("the run did not get there")
+
+
+def ranks(job: subprocess.Popen[str]) -> dict[int, psutil.Process]:
+    """The job's training processes by rank."""
+    found = {}
+    for process in psutil.Process(job.pid).children(recursive=True):
+        try:
+            if "train_qwen.py" in " ".join(process.cmdline()) and "RANK" in (of := process.environ()) and "LOCAL_WORLD_SIZE" in of:
+                found[int(of["RANK"])] = process
+        except psutil.Error:
+            continue
+    return found
+
+
+def assert_goes_on(bench: Bench, output: Path, judge: Path) -> None:
+    """The same command again: from the last checkpoint, with the judge's numbers to the judge's weights, each step once."""
+    before = saved.tracked_step(output)
+    assert before is not None and 0 < before < STEPS
+    job = start(bench, output)
+    shown, errors = job.communicate(timeout=300)
+    assert job.returncode == 0, shown + errors
+    rows, expected = harness.metrics(output), harness.metrics(judge)
+    assert [row["iteration"] for row in rows] == list(range(1, STEPS + 1))
+    for name in ("loss", "grad_norm", "learning_rate", "consumed_samples"):
+        assert [row[name] for row in rows] == [row[name] for row in expected], name
+    found, wanted = tensors(output / "hf"), tensors(judge / "hf")
+    assert not [name for name, tensor in wanted.items() if not torch.equal(tensor, found[name])]
+    assert json.loads((output / "run_state.json").read_text()) == {"state": "finished", "iteration": STEPS}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_rank_is_killed(bench: Bench, undisturbed: Path, rank: int) -> None:
+    """As the kernel does when memory runs out."""
+    output = bench.folder(f"rank-{rank}-killed")
+    job = start(bench, output)
+    wait_for_step(output, 15)
+    everyone = ranks(job)
+    assert set(everyone) == {0, 1}
+    everyone[rank].kill()
+    died = time.monotonic()
+    shown, errors = job.communicate(timeout=60)
+    assert time.monotonic() - died < 10 and job.returncode == 1, shown + errors
+    assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in everyone.values())
+    assert f"[failed] rank {rank}: killed by SIGKILL" in errors and "logs/train.log" in errors, errors
+    assert_goes_on(bench, output, undisturbed)
+
+
+def test_everything_is_killed(bench: Bench, undisturbed: Path) -> None:
+    """A node that loses power: nobody says anything any more."""
+    output = bench.folder("all-killed")
+    job = start(bench, output)
+    wait_for_step(output, 25)
+    everyone = [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]
+    for process in everyone:
+        process.kill()
+    job.communicate(timeout=60)
+    assert_goes_on(bench, output, undisturbed)
+
+
+def to_the_job(job: subprocess.Popen[str]) -> None:
+    job.send_signal(signal.SIGTERM)
+
+
+def to_its_group(job: subprocess.Popen[str]) -> None:
+    os.killpg(job.pid, signal.SIGTERM)
+
+
+@pytest.mark.parametrize("send", [to_the_job, to_its_group])
+def test_preempted_without_a_warning(bench: Bench, undisturbed: Path, send: Callable[[subprocess.Popen[str]], None]) -> None:
+    """SIGTERM, as ``scancel`` and preemption send it: exit code 75, and no process left."""
+    output = bench.folder("terminated")
+    job = start(bench, output)
+    wait_for_step(output, 15)
+    everyone = ranks(job)
+    send(job)
+    shown, errors = job.communicate(timeout=60)
+    assert job.returncode == 75, shown + errors
+    assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in everyone.values())
+    assert_goes_on(bench, output, undisturbed)
+
+
+def test_warned_before_the_time_limit(bench: Bench, undisturbed: Path) -> None:
+    """USR1 to the job's shell: saved at the next step, wherever that is."""
+    output = bench.folder("warned")
+    job = start(bench, output)
+    wait_for_step(output, 13)
+    job.send_signal(signal.SIGUSR1)
+    shown, errors = job.communicate(timeout=60)
+    assert job.returncode == 75, shown + errors
+    assert saved.tracked_step(output) == json.loads((output / "run_state.json").read_text())["iteration"] >= 13
+    assert_goes_on(bench, output, undisturbed)
+
+
+def test_torchrun_starts_the_ranks_again(bench: Bench, undisturbed: Path) -> None:
+    """``--max-restarts``: nobody has to do anything."""
+    output = bench.folder("restarted")
+    job = start(bench, output, TORCHRUN_FLAGS="--max-restarts=1")
+    wait_for_step(output, 15)
+    ranks(job)[1].kill()
+    shown, errors = job.communicate(timeout=300)
+    assert job.returncode == 0, shown + errors
+    assert [row["loss"] for row in harness.metrics(output)] == [row["loss"] for row in harness.metrics(undisturbed)]

@@ -1,0 +1,130 @@
+"""The training job on a real SLURM of two nodes: the same losses as one process, and back to work after whatever ends it early."""
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_patch.checkpoint import saved
+from tests.distributed import harness
+from tests.distributed.materials import make_model, make_store
+
+SCRIPT = harness.ROOT / "examples/qwen2_5/run_mcore_qwen_xpo.sh"
+STEPS = 120
+pytestmark = pytest.mark.full
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, fine-tuning data, and the losses of one process."""
+    folder = tmp_path_factory.mktemp("training-job")
+    make_model(folder / "model", tied=True, seed=0)
+    make_store(folder / "sft", "sft")
+    command = ["bash", str(SCRIPT), *flags(folder)]
+    done = subprocess.run(command, env=environment(folder, folder / "alone"), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def flags(work: Path) -> list[str]:
+    """Of both jobs; a checkpoint every ten steps."""
+    words = ("--hf-path", work / "model", "--pair-data", work / "sft", "--seq-length", 128, "--global-batch-size", 8)
+    return [str(word) for word in (*words, "--train-iters", STEPS, "--lr-warmup-iters", 1, "--save-interval", 10)]
+
+
+def environment(work: Path, output: Path, **more: str) -> dict[str, str]:
+    """On the CPU, whatever a SLURM around this test says."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    return {**kept, "PRESET": "sft", "OUTPUT": str(output), "DEVICE": "cpu", **more}
+
+
+class Job:
+    """TP 2 x PP 2, two processes on each node."""
+
+    def __init__(self, work: Path, output: Path, slurm: dict[str, str]) -> None:
+        self.output = output
+        self.environment = environment(work, output, **slurm, NPROC_PER_NODE="2", TP="2", PP="2")
+        output.mkdir()
+        self.submit(work)
+
+    def submit(self, work: Path) -> None:
+        """Into the queue."""
+        self.id = self("sbatch", "--parsable", "-N", "2", f"--output={self.output}/slurm.out", str(SCRIPT), *flags(work)).strip()
+
+    def __call__(self, program: str, *words: str) -> str:
+        done = subprocess.run([program, *words], env=self.environment, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def facts(self) -> dict[str, str]:
+        """What SLURM says of it."""
+        words = self("scontrol", "show", "job", self.id, "--oneliner").split()
+        return dict(word.partition("=")[::2] for word in words)
+
+    def wait(self, for_what: Callable[[], bool], seconds: float = 150) -> None:
+        """Until something is so."""
+        deadline = time.monotonic() + seconds
+        while not for_what():
+            assert time.monotonic() < deadline, f"{self.facts()}\n{self.shown()}"
+            time.sleep(0.2)
+
+    def step(self) -> int:
+        """Steps recorded."""
+        metrics = self.output / "metrics.jsonl"
+        return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+
+    def shown(self) -> str:
+        """What it wrote to its terminal."""
+        written = self.output / "slurm.out"
+        return written.read_text() if written.exists() else ""
+
+    def assert_same_end(self, work: Path) -> None:
+        """Completed, and every step once with one process's losses."""
+        self.wait(lambda: self.facts()["JobState"] not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED"))
+        assert self.facts()["JobState"] == "COMPLETED", self.shown()
+        rows, expected = harness.metrics(self.output), harness.metrics(work / "alone")
+        assert [row["iteration"] for row in rows] == list(range(1, STEPS + 1))
+        assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected], rel=1e-4)
+        assert json.loads((self.output / "run_state.json").read_text()) == {"state": "finished", "iteration": STEPS}
+
+
+def test_two_nodes_train_as_one_process(work: Path, slurm: dict[str, str], tmp_path: Path) -> None:
+    job = Job(work, tmp_path / "out", slurm)
+    job.assert_same_end(work)
+    assert "4 processes, TP 2 x PP 2 x CP 1 x DP 1" in job.shown()
+    assert (tmp_path / "out/hf/config.json").exists() and list((tmp_path / "out/hf").glob("*.safetensors"))
+
+
+def test_warned_of_the_time_limit(work: Path, slurm: dict[str, str], tmp_path: Path) -> None:
+    """What ``--signal=B:USR1@300`` sends: saved, back into the queue, and on from there."""
+    job = Job(work, tmp_path / "out", slurm)
+    job.wait(lambda: job.step() >= 13)
+    job("scancel", "--batch", "--signal=USR1", job.id)
+    job.wait(lambda: job.facts()["Restarts"] == "1")
+    first = saved.tracked_step(job.output)
+    assert first is not None and 13 <= first < STEPS
+    job.assert_same_end(work)
+
+
+def test_a_node_fails(work: Path, slurm: dict[str, str], tmp_path: Path) -> None:
+    """SLURM takes the job from the other one and starts it again when both are there."""
+    job = Job(work, tmp_path / "out", slurm)
+    job.wait(lambda: job.step() >= 23)
+    job("scontrol", "update", "nodename=n2", "state=down", "reason=test")
+    job.wait(lambda: job.facts()["Restarts"] == "1")
+    job("scontrol", "update", "nodename=n2", "state=resume")
+    job.assert_same_end(work)
+
+
+def test_cancelled_and_submitted_again(work: Path, slurm: dict[str, str], tmp_path: Path) -> None:
+    """``scancel``: nothing is left running; the same job again goes on."""
+    job = Job(work, tmp_path / "out", slurm)
+    job.wait(lambda: job.step() >= 13)
+    job("scancel", job.id)
+    job.wait(lambda: job.facts()["JobState"] == "CANCELLED")
+    job.submit(work)
+    job.assert_same_end(work)
