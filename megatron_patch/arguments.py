@@ -40,6 +40,9 @@ class PatchArguments:
     save_hf: str | None = _flag(None, "write the final weights as a Hugging Face folder in the training precision")
     pair_data: list[str] | None = _flag(None, "training stores: PREFIX... or WEIGHT PREFIX WEIGHT PREFIX...", nargs="+")
     valid_pair_data: list[str] | None = _flag(None, "validation stores; an evaluation is one full pass over them", nargs="+")
+    best_metric: str | None = _flag(None, "keep the checkpoint of the best evaluation by this metric, e.g. eval_loss", metavar="NAME")
+    early_stop_metric: str | None = _flag(None, "end training when this metric of evaluations gets no better", metavar="NAME")
+    early_stop_patience: int = _flag(3, "evaluations without a better value before the end", type=int, metavar="N")
     epochs: float | None = _flag(None, "set --train-iters to this many passes over the training stores", type=float)
     max_tokens_per_micro_batch: int = _flag(
         8192, "tokens one micro-batch may hold; the number of micro-batches of a step follows from it", type=int
@@ -87,6 +90,14 @@ class PatchArguments:
         True, "before training, score two pairs with transformers and compare", action=argparse.BooleanOptionalAction
     )
     allow_reference_mismatch: bool = _flag(False, "go on although policy and reference differ at step 0", action="store_true")
+    skip_bad_batches: int = _flag(0, "leave out up to N steps whose log-probs or gradients are NaN or infinite", type=int, metavar="N")
+    keep_last: int | None = _flag(None, "checkpoints to keep in --save; older ones are removed (default: all)", type=int, metavar="N")
+    continue_on_save_failure: bool = _flag(
+        False, "go on training when a checkpoint cannot be saved; the earlier one stays", action="store_true"
+    )
+    verify_data: bool = _flag(
+        False, "read every byte of stores and initial weights before training and compare with the recorded sha256", action="store_true"
+    )
     allow_untested: bool = _flag(False, "go on with what no test has run: Transformer Engine, --optimizer-cpu-offload", action="store_true")
     check: bool = _flag(False, "check flags, checkpoint and data in one process, then exit", action="store_true")
 

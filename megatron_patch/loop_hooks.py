@@ -5,6 +5,8 @@ upstream's own does not do (line numbers: megatron-core 0.19.2). ``install`` is 
 """
 
 import json
+import math
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,11 +14,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from megatron.training import checkpointing, get_args
+from megatron.core.dist_checkpointing import serialization
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.training import checkpointing, get_args, initialize
 from megatron.training import training as mt
 from megatron.training.global_vars import get_tensorboard_writer
 
+from megatron_patch.best_so_far import BestSoFar
+from megatron_patch.checkpoint import saved
+from megatron_patch.checkpoint.saving import Saving
+from megatron_patch.data.atomic_files import write_json
 from megatron_patch.data.pair_dataset import MicroBatchStream
+from megatron_patch.errors import AgreedError
 from megatron_patch.model.qwen2 import Qwen2Config
 from megatron_patch.throughput import PHASES, StepClock, peak_flops, peak_memory, useful_flops
 
@@ -30,11 +39,26 @@ class LoopState:
     train: MicroBatchStream | None
     valid: MicroBatchStream | None
     save: Path | None
+    saving: Saving | None = None
+    skip_step: Callable[[], bool] = lambda: False  # whether the optimizer is to leave out the step whose gradients are there
+    best: BestSoFar | None = None
     on_resume: Callable[[Any], None] = lambda checkpoint_args: None  # told the arguments that a loaded checkpoint was saved with
     console: Callable[[str], None] = field(default=lambda line: print_line(line))
     clock: StepClock = field(default_factory=StepClock)
     last_evaluated: int = -1
     iteration: int | None = None  # steps done; None before the first of this process
+
+
+    def evaluated(self, iteration: int, values: dict[str, float]) -> None:
+        """Take notice of an evaluation, the same on all ranks."""
+        assert self.best is not None
+        try:
+            self.best.observe(iteration, values)
+        except ValueError as error:
+            raise AgreedError(str(error)) from None
+        get_args().best_so_far = self.best.state  # Megatron's args are saved in every checkpoint
+        if self.save is not None and self.best.best is not None and torch.distributed.get_rank() == 0:
+            write_json(self.save / "best.json", dict(zip(("step", "metric", "value"), self.best.best, strict=True)))
 
 
 class Hook(NamedTuple):
@@ -78,14 +102,20 @@ def _timed(data_iterator: Any, clock: StepClock) -> Any:
 
 
 def _train_step(upstream: Callable, state: LoopState) -> Callable:
-    def train_step(*args: Any, **kwargs: Any) -> Any:
+    def train_step(forward_step: Callable, data_iterator: Any, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         """What of a step is neither data nor forward and backward is the optimizer's time."""
         if state.iteration is None:
             state.clock.lap()  # the first step does not pay for the start
+            optimizer.step = _unless_skipped(optimizer.step, state)
         with state.clock.phase("optimizer"):
-            return upstream(*args, **kwargs)
+            return upstream(forward_step, data_iterator, model, optimizer, *args, **kwargs)
 
     return train_step
+
+
+def _unless_skipped(step: Callable, state: LoopState) -> Callable:
+    """A step left out: weights and Adam's state stay, its pairs count as seen, the learning rate waits; upstream counts it as skipped."""
+    return lambda *args, **kwargs: (False, None, None) if state.skip_step() else step(*args, **kwargs)
 
 
 def _flops(_: Callable, state: LoopState) -> Callable:
@@ -170,14 +200,42 @@ def _evaluate_and_print(_: Callable, state: LoopState) -> Callable:
         groups = {name: kwargs.get(name) for name in ("pg_collection", "p2p_communicator")}
         results, _, timed_out = mt.evaluate(forward_step_func, data_iterator, model, process, config, verbose=False, **groups)
         state.clock.lap()  # no step pays for it
-        if timed_out or not _writes_metrics():
+        if timed_out:
             return
-        row = {"iteration": iteration, **{f"eval_{name}": float(value) for name, value in results.items()}}
+        values = {f"eval_{name}": float(value) for name, value in results.items()}
+        if state.best is not None:
+            state.evaluated(iteration, _from_last_rank(values))
+        if not _writes_metrics():
+            return
+        row = {"iteration": iteration, **values}
         record_metrics(state, row)
         _show_in_tensorboard({name: value for name, value in row.items() if name != "iteration"}, iteration)
         state.console(_console_line(state.mode, f"evaluation at step {iteration}", row))
 
     return evaluate_and_print_results
+
+
+def _from_last_rank(values: dict[str, float]) -> dict[str, float]:
+    """Other pipeline stages have no metrics. Collective."""
+    told: list[Any] = [values]
+    torch.distributed.broadcast_object_list(told, src=torch.distributed.get_world_size() - 1)
+    return told[0]
+
+
+def _decide_exit(upstream: Callable, state: LoopState) -> Callable:
+    def checkpoint_and_decide_exit(
+        model: Any, optimizer: Any, scheduler: Any, iteration: int, flops: float, context: Any, data_iterator: Any
+    ) -> bool:
+        """Upstream's saves and reasons to leave, then those that follow from an evaluation just done."""
+        leaves = upstream(model, optimizer, scheduler, iteration, flops, context, data_iterator)
+        best, args = state.best, get_args()
+        if best is None or leaves or iteration != state.last_evaluated:
+            return leaves
+        if args.save and (best.improved_at(iteration) or best.stops) and not (args.save_interval and iteration % args.save_interval == 0):
+            mt.save_checkpoint_and_time(iteration, model, optimizer, scheduler, flops, context, train_data_iterator=data_iterator)
+        return best.stops
+
+    return checkpoint_and_decide_exit
 
 
 def _resume(upstream: Callable, state: LoopState) -> Callable:
@@ -189,6 +247,36 @@ def _resume(upstream: Callable, state: LoopState) -> Callable:
     return check_checkpoint_args
 
 
+def _saving(method: str) -> Callable[[Callable, LoopState], Callable]:
+    """What ``Saving`` makes of an upstream function; nothing, for runs that save nothing."""
+    return lambda upstream, state: getattr(state.saving, method)(upstream) if state.saving else upstream
+
+
+def _write_manifest(_: Callable, state: LoopState) -> Callable:
+    def write(checkpoint: str) -> None:
+        saved.write_manifest(Path(checkpoint))
+
+    return state.saving.kept(write) if state.saving else write
+
+
+def _verify(upstream: Callable, state: LoopState) -> Callable:
+    return state.saving.verify if state.saving else upstream
+
+
+def _deaf(upstream: Callable, _: LoopState) -> Callable:
+    """Processes that are started inside do not hear the warning that every process of a job gets: they would die of it."""
+
+    def start(*args: Any, **kwargs: Any) -> Any:
+        warning = {get_args().exit_signal}
+        signal.pthread_sigmask(signal.SIG_BLOCK, warning)
+        try:
+            return upstream(*args, **kwargs)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, warning)
+
+    return start
+
+
 HOOKS = (
     Hook("get_forward_backward_func", _schedule, "training.py:3614 and :4198 take M from the batch size; ours follows from the plan"),
     Hook("train_step", _train_step, "training.py:3856 calls it; its own timers want barriers"),
@@ -196,6 +284,14 @@ HOOKS = (
     Hook("evaluate_and_print_results", _evaluate_and_print, "training.py:4418 prints a perplexity of every metric"),
     Hook("num_floating_point_operations", _flops, "training.py:391 counts padding and the logits of every prompt token"),
     Hook("check_checkpoint_args", _resume, "training/checkpointing.py:2498 restores only arguments that it knows", checkpointing),
+    Hook("checkpoint_and_decide_exit", _decide_exit, "training.py:3226 knows no metrics"),
+    Hook("save_checkpoint", _saving("guarded"), "training.py:3086 lets a full disk end the run, and rank 0's own failures hang it"),
+    Hook("maybe_finalize_async_save", _saving("finalized"), "training.py:3740 the same, of asynchronous saves"),
+    Hook("save_config", _saving("kept"), "core/dist_checkpointing/serialization.py:450 fails on rank 0 alone", serialization),
+    Hook("save_integrity_manifest", _write_manifest, "validation.py:512 the same, and reads one file after another", serialization),
+    Hook("get_write_results_queue", _deaf, "filesystem_async.py:65 starts a process of which saving needs an answer", filesystem_async),
+    Hook("init_persistent_async_worker", _deaf, "training/async_utils.py:58 starts those of --async-save", initialize),
+    Hook("verify_integrity_manifest", _verify, "validation.py:590 reads again what was read before the start", serialization),
 )
 
 
@@ -211,10 +307,11 @@ def _writes_metrics() -> bool:
 
 
 def record_metrics(state: LoopState, row: dict[str, Any]) -> None:
-    """Append one JSON object to ``<save>/metrics.jsonl``."""
+    """Append one JSON object to ``<save>/metrics.jsonl``; JSON has no NaN and no infinity, so null."""
     if state.save is not None:
+        finite = {name: value if value is not None and math.isfinite(value) else None for name, value in row.items()}
         with open(state.save / "metrics.jsonl", "a", encoding="utf-8") as stream:
-            stream.write(json.dumps(row) + "\n")
+            stream.write(json.dumps(finite, allow_nan=False) + "\n")
 
 
 def rewind_metrics(save: Path, iteration: int) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_patch.arguments import given_losses
+from megatron_patch.checkpoint import saved
 from megatron_patch.checkpoint.hf_io import refuse_foreign_folder
 from megatron_patch.data.pair_dataset import SampleSet
 from megatron_patch.preference.losses import LossSum, loss_entry
@@ -42,6 +43,16 @@ REFUSED: tuple[tuple[Callable[[argparse.Namespace], object], str], ...] = (
         lambda args: args.use_torch_fsdp2 or args.use_megatron_fsdp,
         "--use-torch-fsdp2 and --use-megatron-fsdp are not supported: --use-distributed-optimizer shards gradients and optimizer state",
     ),
+    (lambda args: args.keep_last is not None and args.keep_last < 1, "--keep-last {keep_last}: at least one checkpoint has to stay"),
+    (
+        lambda args: args.save and not args.load and saved.steps(Path(args.save)),
+        "--save {save} holds checkpoints, which this run would write over; --load {save} goes on from them, or give another folder",
+    ),
+    (
+        lambda args: (args.best_metric or args.early_stop_metric) and not args.valid_pair_data,
+        "--best-metric and --early-stop-metric look at evaluations: give --valid-pair-data",
+    ),
+    (lambda args: args.skip_bad_batches < 0, "--skip-bad-batches {skip_bad_batches}: a number of steps"),
     (lambda args: args.fp16, "--fp16 is not supported: its loss scaler needs overflows that our checks stop at; use --bf16"),
     (
         lambda args: args.hierarchical_context_parallel_sizes,
@@ -90,15 +101,7 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise ValueError(message.format_map({**vars(args), "decay_steps": _decay_steps(args)}))
     if args.save_hf:
         refuse_foreign_folder(Path(args.save_hf))
-    _check_tracker(args)
     given_losses(args)
-
-
-def _check_tracker(args: argparse.Namespace) -> None:
-    """Upstream leaves with exit code 0, having trained nothing, when the tracker file is damaged (checkpointing.py:366)."""
-    tracker = Path(args.load or "") / "latest_checkpointed_iteration.txt"
-    if args.load and tracker.exists() and not tracker.read_text(encoding="utf-8").strip():
-        raise ValueError(f"{tracker}: empty; write the number of the last complete iter_ folder into it, or name one with --ckpt-step")
 
 
 def check_scores(losses: LossSum, samples: SampleSet) -> None:

@@ -21,11 +21,14 @@ from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.checkpointing import checkpoint_exists
 from megatron.training.global_vars import get_signal_handler
 
-from megatron_patch import loop_hooks
+from megatron_patch import loop_hooks, run_record
 from megatron_patch.arguments import given_losses
+from megatron_patch.best_so_far import BestSoFar
 from megatron_patch.checkpoint import torch_adam
 from megatron_patch.checkpoint.hf_files import weights_fingerprint
 from megatron_patch.checkpoint.hf_io import load_hf_weights, save_hf_weights
+from megatron_patch.checkpoint.saving import Saving
+from megatron_patch.checksums import verify_data
 from megatron_patch.data.batch_plan import BatchPlan, PairOrder, Shared
 from megatron_patch.data.pair_dataset import MicroBatchStream, RowShape, SampleSet, Work, parse_weighted_prefixes, round_up
 from megatron_patch.data.tokenizer_identity import folder_tokenizer_fingerprint
@@ -72,11 +75,10 @@ def model_config(args: argparse.Namespace, chunks: list[Any]) -> Any:
     config.transformer_layer_spec = qwen2_block_spec
     # No flag reaches this (arguments.py:1232 forces it off); stages must exchange the shapes of packed rows, unless all are alike.
     config.transformer.variable_seq_lengths = not args.pad_micro_batches
-    resumes = bool(args.load and checkpoint_exists(args.load))
 
     def fill(built: list[Any]) -> list[Any]:
         """Hugging Face weights into the model chunks, unless a checkpoint will be loaded; keeps hold of the chunks."""
-        if not resumes:
+        if not checkpoint_exists(args.load):  # asked here, where rank 0 has looked through the folder
             load_hf_weights(built, args.hf_path)
         if uses_torch_spec(args):
             for chunk in built:
@@ -183,11 +185,44 @@ class TrainingRun:
             fresh=self._is_first_step,
             on_step_zero=self._report_step_zero,
             allow_mismatch=args.allow_reference_mismatch,
+            may_skip=args.skip_bad_batches,
+            on_skip=lambda why: self._say(f"this step is left out: {why}"),
         )
         self.forward_step = ForwardStep(
             self._objective(), self.model.vocab, args.logps_chunk_tokens, torch_spec=uses_torch_spec(args)
         )
-        self.hooks = loop_hooks.LoopState(args.train_mode, self.model, None, None, self.save, on_resume=self._restore_statistics)
+        followed = args.best_metric or args.early_stop_metric
+        self.best = BestSoFar(args.best_metric, args.early_stop_metric, args.early_stop_patience) if followed else None
+        saving = Saving(args, self._best_step, self._say)
+        if not args.check:
+            self._begin(saving, device)
+        self.hooks = loop_hooks.LoopState(
+            args.train_mode,
+            self.model,
+            None,
+            None,
+            self.save,
+            saving,
+            skip_step=lambda: self.checks.skips_step,
+            best=self.best,
+            on_resume=self._take_over,
+        )
+
+    def _begin(self, saving: Saving, device: str) -> None:
+        """What is looked at and noted once before a run starts; rank 0 does it before it joins the others."""
+        args, stores = self.args, [store for samples in filter(None, (self.train, self.valid)) for store in samples.stores]
+        origin = run_record.origins(args, stores)
+        args.origins = json.dumps(origin)  # Megatron's args are saved in every checkpoint
+        if args.rank == 0:
+            saving.before_start()
+            if args.verify_data:
+                verify_data([str(store.prefix) for store in stores], args.hf_path, self._say)
+            if self.save is not None:
+                run_record.append(self.save, run_record.start_record(args, device) | origin)
+
+    def _best_step(self) -> tuple[int, ...]:
+        found = self.best.best if self.best is not None else None
+        return () if found is None else (found[0],)
 
     def _finds_a_reference(self) -> bool:
         """For losses that need no reference: one that is there gives metrics their log-ratios and the step-0 gate its judge."""
@@ -212,7 +247,8 @@ class TrainingRun:
     def _keep_statistics(self, state: str) -> None:
         self.args.loss_statistics = state  # Megatron's args are saved in every checkpoint
 
-    def _restore_statistics(self, checkpoint_args: argparse.Namespace) -> None:
+    def _take_over(self, checkpoint_args: argparse.Namespace) -> None:
+        """What a checkpoint that is being loaded holds of ours."""
         began_with = getattr(checkpoint_args, "share_prompt", self.args.share_prompt)
         if began_with != self.args.share_prompt:
             began = "with" if began_with else "without"
@@ -223,13 +259,21 @@ class TrainingRun:
         if not self.statistics.restore(getattr(checkpoint_args, "loss_statistics", None)):
             self._say("the checkpoint was saved with other losses: the running statistics of these start anew")
         self._keep_statistics(self.statistics.state)
+        if self.best is not None:
+            self.best.restore(getattr(checkpoint_args, "best_so_far", None))
+            self.args.best_so_far = self.best.state
+            if self.best.stops:
+                self._say("nothing is left to train: evaluations had stopped getting better when this checkpoint was saved")
+                self.args.train_iters = 0
 
     def model_config(self) -> Any:
         """The model's config, with the step checks in front of the optimizer; installs the loop hooks and the resumable AdamW."""
         loop_hooks.install(self.hooks)
         torch_adam.install()
         config = model_config(self.args, self.chunks)
-        config.transformer.finalize_model_grads_func = self.statistics.wrap(self.checks.wrap(finalize_model_grads))
+        config.transformer.finalize_model_grads_func = self.statistics.wrap(
+            self.checks.wrap(finalize_model_grads), skipped=lambda: self.checks.skips_step
+        )
         return config
 
     def _check_parity(self) -> None:
@@ -277,8 +321,12 @@ class TrainingRun:
         except SystemExit as stop:  # how upstream leaves the loop early
             if self.hooks.iteration is None and not stop.code:
                 raise SystemExit(1) from stop  # it never got to a step
-            state = "preempted" if self.args.exit_signal_handler and _asked_to_stop() else "stopped"
-            raise
+            if self.best is not None and self.best.stops and not stop.code:
+                state = "finished"
+                self._say(f"{self.args.early_stop_metric} got no better in {self.args.early_stop_patience} evaluations: training ends here")
+            else:
+                state = "preempted" if self.args.exit_signal_handler and _asked_to_stop() else "stopped"
+                raise
         finally:
             if self.save is not None and self.args.rank == 0 and self.save.is_dir():
                 done = self.hooks.iteration if self.hooks.iteration is not None else getattr(self.args, "iteration", 0)

@@ -20,6 +20,11 @@ TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (5e-2, 5e-3)}
 # In bfloat16 the log-ratios alone are judged: losses with a penalty (dpop: 50 per nat) multiply what rounding makes of them.
 LOSS_TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: float("inf")}
 
+LOOK_AT_PAIRS = (
+    "Look at one with `python -m toolkits.lpo_data_preprocessing.inspect STORE --pair ID`; --skip-bad-batches N leaves out up to N such "
+    "steps"
+)
+
 
 @dataclass(frozen=True)
 class StepZero:
@@ -71,6 +76,8 @@ class StepChecks:
         fresh: says whether the step under way is the first of a run that starts from its reference's weights.
         on_step_zero: told the outcome on every rank, before it is judged.
         allow_mismatch: go on although the gate complains.
+        may_skip: how many steps with NaN or infinity may be left out before one ends the run; never the first of a fresh run.
+        on_skip: told on every rank why a step is left out.
     """
 
     def __init__(
@@ -80,9 +87,14 @@ class StepChecks:
         fresh: Callable[[], bool] = lambda: False,
         on_step_zero: Callable[[StepZero], None] = lambda outcome: None,
         allow_mismatch: bool = False,
+        may_skip: int = 0,
+        on_skip: Callable[[str], None] = lambda why: None,
     ) -> None:
         self.dtype, self.fresh = dtype, fresh
         self.on_step_zero, self.allow_mismatch = on_step_zero, allow_mismatch
+        self.may_skip, self.on_skip = may_skip, on_skip
+        self.skips_step = False
+        """Whether the step just judged is one to leave out. The same on all ranks."""
         self._observed: list[_Observed] = []
 
     def at_step_zero(self) -> bool:
@@ -123,14 +135,17 @@ class StepChecks:
         verdict = torch.stack([bad_logps.float().to(device), bad_gradient.float().to(device)])
         torch.distributed.all_reduce(verdict, op=torch.distributed.ReduceOp.MAX)
         logps_failed, gradient_failed = verdict.tolist()
-        if logps_failed:
-            names = _gather([n for o in observed for n, ok in zip(o.names, o.finite.tolist(), strict=True) if not ok])
-            raise AgreedError(f"log-probs are NaN or infinite for {len(names)} pairs, nothing was stepped: {', '.join(names[:8])}")
-        if gradient_failed:
-            names = _gather([n for o in observed for n in o.names])
-            raise AgreedError(f"gradients are NaN or infinite (log-probs are finite), nothing was stepped; pairs: {', '.join(names)}")
-        if self.at_step_zero():
+        self.skips_step = bool(logps_failed or gradient_failed)
+        if self.skips_step:
+            self._skip_or_stop(_why_bad(observed, bool(logps_failed)))
+        elif self.at_step_zero():
             self._judge_step_zero(_gather([row for o in observed for row in o.rows()]))
+
+    def _skip_or_stop(self, why: str) -> None:
+        if self.at_step_zero() or not self.may_skip:
+            raise AgreedError(f"{why}. {LOOK_AT_PAIRS}")
+        self.may_skip -= 1
+        self.on_skip(why)
 
     def _judge_step_zero(self, rows: list[Any]) -> None:
         rows = list({row[0]: row for row in rows}.values())  # by name: ranks that share a pair may differ in its last bit
@@ -148,6 +163,15 @@ class StepChecks:
         complaint = outcome.complaint(self.dtype)
         if complaint and not self.allow_mismatch:
             raise AgreedError(complaint)
+
+
+def _why_bad(observed: list[_Observed], logps_failed: bool) -> str:
+    """Which pairs a step with NaN or infinity had. Collective."""
+    if logps_failed:
+        names = _gather([n for o in observed for n, ok in zip(o.names, o.finite.tolist(), strict=True) if not ok])
+        return f"log-probs are NaN or infinite for {len(names)} pairs, nothing was stepped: {', '.join(names[:8])}"
+    names = _gather([n for o in observed for n in o.names])
+    return f"gradients are NaN or infinite (log-probs are finite), nothing was stepped; pairs: {', '.join(names)}"
 
 
 def _gather(local: list[Any]) -> list[Any]:

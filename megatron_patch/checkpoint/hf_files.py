@@ -57,7 +57,7 @@ def read_checkpoint(hf_path: str | Path) -> tuple[ModelShape, dict[str, StoredTe
     folder = Path(hf_path)
     shape = ModelShape.from_hf(read_config(folder), folder / "config.json")
     stored: dict[str, StoredTensor] = {}
-    for file in _weight_files(folder):
+    for file in weight_files(folder):
         tensors = {name: tensor for name, tensor in _read_header(file).items() if not is_hf_name_ignored(name)}
         for name in tensors.keys() & stored.keys():
             raise ValueError(f"{name} is stored twice: in {stored[name].file} and in {file}")
@@ -117,7 +117,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The single file, else those of the index, else every safetensors file (transformers' order of preference)."""
     if (folder / SINGLE_FILE).exists():
         return [folder / SINGLE_FILE]

@@ -50,12 +50,18 @@ class LossStatistics:
             here = torch.stack([*sums, torch.full_like(sums[0], float(len(logps.policy_chosen)))])
         self._sums = here if self._sums is None else self._sums + here
 
-    def wrap(self, finalize_model_grads: Callable) -> Callable:
-        """``finalize_model_grads``, the last call before the optimizer steps, followed by the update. Collective: all ranks."""
+    def wrap(self, finalize_model_grads: Callable, skipped: Callable[[], bool] = lambda: False) -> Callable:
+        """``finalize_model_grads``, the last call before the optimizer steps, followed by the update. Collective: all ranks.
+
+        ``skipped`` says whether the step is left out: its pairs may be NaN, and change nothing.
+        """
 
         def followed(model: list[Any], *args: Any, **kwargs: Any) -> Any:
             result = finalize_model_grads(model, *args, **kwargs)
-            self.update()
+            if skipped():
+                self._sums = None
+            else:
+                self.update()
             return result
 
         return followed if self.needed else finalize_model_grads

@@ -238,7 +238,7 @@ def test_empty_tracker_is_refused(bench: Bench) -> None:
     (save / "latest_checkpointed_iteration.txt").write_text("")
     flags = [*bench.flags(bench.reference()), "--save", save, "--load", save]
     run = harness.launch(1, TRAIN, flags, Path(f"{save}.log"), {"LPO_TRACEBACK": ""})
-    assert_one_line(run, ("latest_checkpointed_iteration.txt", "empty"))
+    assert_one_line(run, ("latest_checkpointed_iteration.txt names no checkpoint", "move it away"))
     assert not (save / "run_state.json").exists()
 
 

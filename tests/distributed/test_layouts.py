@@ -105,8 +105,9 @@ def test_bfloat16_is_float32_within_its_precision(
 GRADIENTS = ("tp2-sp", "pp2", "cp2", "share-prompt", "tp2-cp2-sp", "share-prompt pp2", "small micro-batches")
 
 
-@pytest.mark.parametrize("model", ["tied", "untied"])
-@pytest.mark.parametrize("layout", [pytest.param(name, marks=[pytest.mark.ci] * (name not in GRADIENTS[:4])) for name in GRADIENTS])
+@pytest.mark.ci
+@pytest.mark.parametrize("model", ["tied", pytest.param("untied", marks=pytest.mark.full)])
+@pytest.mark.parametrize("layout", GRADIENTS)
 def test_gradients_are_those_of_one_process(bench: Bench, off_tie: Path, layout: str, model: str) -> None:
     """Every tensor's, after one step: to 1e-6 of the largest gradient of its tensor and, elementwise, of the model."""
     flags = ("--train-iters", 1, "--lr", 0.0, "--clip-grad", 0.0, "--loss-type", "sigmoid", *OFF_TIE)

@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_patch.checkpoint.hf_files import weights_fingerprint
+from megatron_patch.data.pair_store import PairStore
+from megatron_patch.run_record import starts
 from tests.distributed import harness
 from tests.distributed.materials import BATCH, PAIRS, Bench, tensors
 
@@ -126,3 +129,16 @@ def test_every_pair_of_an_epoch_is_seen_once(bench: Bench, layout: str) -> None:
     assert Counter(everything.values()) == {2: PAIRS - 4, 3: 4}
     first_epoch = Counter(name for step in range(1, 5) for name in seen[step])
     assert max(first_epoch.values()) == 1 and set(everything) - set(first_epoch) <= set(seen[5])
+
+
+def test_a_run_s_origins_are_recorded(bench: Bench) -> None:
+    """Beside its checkpoints at every start, and in each of them; scripts/show_run.py reads them."""
+    from megatron.core.dist_checkpointing import load_common_state_dict
+
+    save = resumed(bench, "one", whole(bench, "one"))
+    first, store = starts(save)[0], PairStore(bench.reference())
+    assert first["settings"]["global_batch_size"] == BATCH and first["versions"]["megatron-core"].startswith("0.19.")
+    assert first["stores"][0]["fingerprint"] == store.fingerprint and first["stores"][0]["samples"] == PAIRS
+    assert first["weights"]["fingerprint"] == weights_fingerprint(bench.models["tied"]) == first["stores"][0]["reference"]["weights"]
+    kept = json.loads(load_common_state_dict(str(save / "iter_0000010"))["args"].origins)
+    assert kept == {name: first[name] for name in ("revision", "versions", "weights", "stores")}

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_patch.checkpoint import saved
 from megatron_patch.checkpoint.hf_files import weights_fingerprint
 from megatron_patch.data.pair_store import PairStore
 from tests.distributed import harness
@@ -95,3 +96,29 @@ def test_reference_pass_goes_on_where_it_stopped(bench: Bench) -> None:
         worst = np.abs((reference(prefix) - reference(whole)) / response_lengths(prefix))[kept:].max()
         assert worst <= 1e-6
         assert not Path(f"{prefix}.ref.partial.npz").exists()
+
+
+def test_the_best_checkpoint_is_kept_and_patience_ends_training(bench: Bench) -> None:
+    """PP 2, so that not every rank has metrics. At a learning rate that is too high the first evaluation of the loss is the best."""
+    data, save = bench.reference(), bench.folder("early-stop")
+    flags = ["--train-iters", 30, "--lr", 0.3, "--loss-type", "sigmoid", "--valid-pair-data", data, "--eval-interval", 1]
+    flags += ["--save-interval", 100, "--keep-last", 1, "--best-metric", "eval_loss"]
+    flags += ["--early-stop-metric", "eval_loss", "--early-stop-patience", 2]
+    run = bench.attempt("pp2", save, data, *flags, alter="")
+    assert run.ok, run.output[-4000:]
+    losses = {row["iteration"]: row["eval_loss"] for row in rows(save) if "eval_loss" in row}
+    best = min(losses, key=lambda step: losses[step])
+    assert max(losses) == best + 2 < 30 and "eval_loss got no better in 2 evaluations" in run.output
+    assert json.loads((save / "best.json").read_text()) == {"step": best, "metric": "eval_loss", "value": losses[best]}
+    assert saved.steps(save) == [best + 2, best] and json.loads((save / "run_state.json").read_text())["state"] == "finished"
+    assert (save / "hf").is_dir()
+    again = bench.attempt("pp2", save, data, *flags, "--load", save, alter="")
+    assert again.ok and "nothing is left to train" in again.output and f"step {best + 3}/" not in again.output, again.output[-4000:]
+
+
+def test_an_unknown_metric_is_named(bench: Bench) -> None:
+    """All ranks leave with one line that has the names there are."""
+    data, save = bench.reference(), bench.folder("unknown-metric")
+    run = bench.attempt("pp2", save, data, "--valid-pair-data", data, "--eval-interval", 1, "--best-metric", "eval_accuracy")
+    (error,) = run.errors
+    assert set(run.codes) == {2} and "'eval_accuracy'" in error and "eval_rewards/accuracies" in error

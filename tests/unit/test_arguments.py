@@ -24,6 +24,8 @@ SMALLEST = ROOT / "tests/data/qwen2_5_configs/0.5B.json"
 # A flag that is renamed or changes its default breaks users' scripts: change this list only on purpose, and say so in CHANGELOG.
 FROZEN = {
     "device": "auto", "train_mode": "xpo", "hf_path": None, "save_hf": None, "pair_data": None, "valid_pair_data": None, "epochs": None,
+    "best_metric": None, "early_stop_metric": None, "early_stop_patience": 3, "skip_bad_batches": 0, "keep_last": None,
+    "continue_on_save_failure": False, "verify_data": False,
     "max_tokens_per_micro_batch": 8192, "share_prompt": False, "pad_micro_batches": False, "logps_chunk_tokens": 1024,
     "loss_type": ("lpo-ste",), "loss_weights": None, "beta": None, "gamma": None, "r1": None, "r2": None, "offset": None,
     "label_smoothing": None, "margin": None, "upper_margin": None, "sft_weight": None, "dpop_lambda": None,

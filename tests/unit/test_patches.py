@@ -6,14 +6,16 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import CodeType, SimpleNamespace
 
 import megatron.core
 import pytest
 import torch
+from megatron.core.dist_checkpointing import serialization
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer import distrib_optimizer
 from megatron.core.pipeline_parallel import schedules
-from megatron.training import checkpointing
+from megatron.training import checkpointing, initialize
 from megatron.training import training as mt
 
 from megatron_patch import cpu_backend, loop_hooks
@@ -78,7 +80,14 @@ def test_standins_take_what_upstream_passes():
 @pytest.mark.parametrize("hook", loop_hooks.HOOKS, ids=lambda hook: hook.attribute)
 def test_hooked_global_exists_and_the_loop_looks_it_up(hook):
     assert callable(getattr(hook.module, hook.attribute))
-    assert any(hook.attribute in caller.__code__.co_names for caller in (mt.train, mt.evaluate, mt.pretrain, checkpointing.load_checkpoint))
+    callers = (mt.train, mt.evaluate, mt.pretrain, mt.save_checkpoint_and_time, checkpointing.load_checkpoint, serialization.save)
+    callers += (serialization.load, filesystem_async.FileSystemWriterAsync.prepare_write_data, initialize.initialize_megatron)
+    assert any(hook.attribute in names_in(caller.__code__) for caller in callers)
+
+
+def names_in(code):
+    """Globals and attributes that a function looks up, those of functions inside it too."""
+    return {*code.co_names, *(name for inner in code.co_consts if isinstance(inner, CodeType) for name in names_in(inner))}
 
 
 def test_hooked_signatures():
@@ -90,6 +99,11 @@ def test_hooked_signatures():
     evaluate = parameters(mt.evaluate)
     assert evaluate[:6] == ["forward_step_func", "data_iterator", "model", "process_non_loss_data_func", "config", "verbose"]
     assert {"pg_collection", "p2p_communicator"} <= set(evaluate)
+    wanted = ["model", "optimizer", "opt_param_scheduler", "iteration", "num_floating_point_operations_so_far", "checkpointing_context"]
+    assert parameters(mt.checkpoint_and_decide_exit) == [*wanted, "train_data_iterator"]
+    assert parameters(mt.save_checkpoint_and_time)[-1] == "train_data_iterator" and parameters(mt.save_checkpoint)[0] == "iteration"
+    assert parameters(mt.train_step)[:4] == ["forward_step_func", "data_iterator", "model", "optimizer"]
+    assert parameters(serialization.save_integrity_manifest) == parameters(serialization.verify_integrity_manifest) == ["checkpoint_dir"]
     assert parameters(checkpointing.check_checkpoint_args)[0] == "checkpoint_args"
     assert parameters(mt.num_floating_point_operations)[:2] == ["args", "batch_size"]
 

@@ -82,12 +82,13 @@ def _run(args: argparse.Namespace) -> None:
     if args.html:
         refuse_existing(args.html, args.overwrite)
     view = StoreView(args.prefix, args.tokenizer, verify="size" if args.quick else "sha256")
+    pair = None if args.pair is None else view.number(args.pair)
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     lines = list(text_report(view))
-    if args.pair is not None:
-        lines += ["", *text_sample(view.sample(args.pair), view.unit, colour=colour)]
+    if pair is not None:
+        lines += ["", *text_sample(view.sample(pair), view.unit, colour=colour)]
     if args.html:
-        samples = [view.sample(number) for number in _numbers(len(view), args.samples, args.pair)]
+        samples = [view.sample(number) for number in _numbers(len(view), args.samples, pair)]
         with atomic_path(args.html) as temporary:
             Path(temporary).write_text(page(view, samples), encoding="utf-8")
         lines += ["", f"page: {args.html} ({len(samples)} of {len(view)} {view.unit}s)"]
@@ -101,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "outputs/pairs/train --pair 3 --html train.html",
     )  # fmt: skip
     parser.add_argument("prefix", metavar="PREFIX", help="of the store: PREFIX.json is its manifest")
-    parser.add_argument("--pair", type=int, metavar="I", help="show this pair (or sample) as text, counted from 0")
+    parser.add_argument("--pair", metavar="I|ID", help="show this pair (or sample) as text: its number from 0, or its id")
     parser.add_argument("--html", metavar="FILE", help="write all of it as one page, which needs no other file")
     parser.add_argument("--samples", type=int, default=50, metavar="N", help="pairs on the page, drawn at random (default %(default)s)")
     parser.add_argument("--tokenizer", metavar="DIR", help="where the store's tokenizer lies now (default: where the manifest says)")

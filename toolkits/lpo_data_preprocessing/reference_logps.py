@@ -159,6 +159,7 @@ def score_store(reference: ReferencePass, prefix: str, weights: str) -> None:
     """Score one store and write its reference log-probs; rank 0 reports and writes."""
     import torch
 
+    from megatron_patch.checksums import weight_checksums
     from megatron_patch.data.pair_store import write_reference_logps
     from megatron_patch.loop_hooks import print_line
 
@@ -190,8 +191,9 @@ def score_store(reference: ReferencePass, prefix: str, weights: str) -> None:
         sizes = ("tensor_model_parallel", "pipeline_model_parallel", "context_parallel", "data_parallel")
         layout = {name: getattr(args, f"{size}_size") for name, size in zip(("tp", "pp", "cp", "dp"), sizes, strict=True)}
         identity = {"store_fingerprint": samples.stores[0].fingerprint, "weights_fingerprint": weights}
+        extra = {"layout": layout, "hf_path": args.hf_path, "weight_files": weight_checksums(args.hf_path)}
         with writing:
-            write_reference_logps(prefix, partial.logps, **identity, dtype=dtype, extra={"layout": layout, "hf_path": args.hf_path})
+            write_reference_logps(prefix, partial.logps, **identity, dtype=dtype, extra=extra)
             partial.path.unlink(missing_ok=True)
         chosen, rejected = partial.logps.sum(axis=0) / samples.scored_lengths.sum(axis=0)
         print_line(

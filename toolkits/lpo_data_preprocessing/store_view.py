@@ -129,6 +129,15 @@ class StoreView:
     def _end_tokens(self) -> set[str]:
         return {self.manifest["template"].get("response_end", "<|im_end|>"), END_OF_TEXT}
 
+    def number(self, name: str) -> int:
+        """The document of this id, else of this number; ValueError if it is neither."""
+        found = np.flatnonzero(np.asarray(self.store.columns.id[:]) == name)
+        if len(found):
+            return int(found[0])
+        if not name.isdecimal():
+            raise ValueError(f"{self.store.prefix}: there is no {self.unit} of id {name!r}")
+        return int(name)
+
     def sample(self, number: int) -> Sample:
         """Document `number` as text; ValueError if there is no such document."""
         if not 0 <= number < len(self):

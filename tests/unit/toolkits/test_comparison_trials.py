@@ -108,7 +108,7 @@ def test_a_diverged_training_is_not_tried_again(bench: Bench, trial: Trial, monk
 def test_what_says_that_a_training_diverged() -> None:
     """The words in the two complaints that end it: of log-probs, and of gradients."""
     checks = (Path(__file__).parents[3] / "megatron_patch/step_checks.py").read_text()
-    assert len(re.findall(f'raise AgreedError\\(f"[^"]*{module.DIVERGED}', checks)) == 2
+    assert len(re.findall(f'return f"[^"]*{module.DIVERGED}', checks)) == 2
 
 
 def test_a_failure_names_run_last_lines_and_logs(bench: Bench, trial: Trial, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -223,8 +223,8 @@ def test_a_page_of_some(store, tmp_path, capsys):
     ("words", "message"),
     [
         (["--pair", 3], "s: there is no pair 3, its numbers are 0 to 2"),
-        (["--pair", -1], "there is no pair -1"),
-        (["--pair", "x"], "invalid int value: 'x' (see --help)"),
+        (["--pair", -1], "there is no pair of id '-1'"),
+        (["--pair", "x"], "s: there is no pair of id 'x'"),
         (["--tokenizer", "{tmp}/nowhere", "--pair", 0], "nowhere: no such folder"),
         (["--html", "{tmp}/in.jsonl"], "in.jsonl: exists already"),
         (["--html", "{tmp}/x.html", "--samples", 0], "--samples must be at least 1, got 0"),

@@ -1,0 +1,176 @@
+"""Saving checkpoints so that a failure costs no more than the checkpoint at hand, and loading none that is damaged.
+
+What upstream's save does about failures: those of the tensors' files reach every rank as ``CheckpointException`` (state_dict_saver.py:249),
+those of the few files that rank 0 alone writes do not, and the other ranks wait for it for ever. Here every failure is known to every rank
+after the save: the files of a failed one are removed (on a full disk they are what fills it), the tracker names what it named before, and
+the run stops with one line or, with ``--continue-on-save-failure``, goes on.
+
+``loop_hooks.HOOKS`` has the rows that put these functions in upstream's place.
+"""
+
+import argparse
+import shutil
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import CheckpointException
+
+from megatron_patch.checkpoint import saved
+from megatron_patch.errors import AgreedError
+
+_PROBE_BYTES = 1 << 16  # about what rank 0 writes beside the tensors
+
+
+class Saving:
+    """One run's checkpoints.
+
+    Args:
+        args: ``--save`` (one's own folder), ``--load`` (that one or another run's), ``--ckpt-step``, ``--keep-last`` and
+            ``--continue-on-save-failure``.
+        spare: steps whose checkpoints stay whatever ``--keep-last`` says. say: prints one line.
+    """
+
+    def __init__(self, args: argparse.Namespace, spare: Callable[[], Collection[int]], say: Callable[[str], None]) -> None:
+        self.args = args
+        self.folder, self.load = (Path(path) if path else None for path in (args.save, args.load))
+        self.step, self.keep, self.go_on = args.ckpt_step, args.keep_last, args.continue_on_save_failure
+        self.spare, self.say = spare, say
+        self.own = self.folder is not None and self.load is not None and self.folder.resolve() == self.load.resolve()
+        self._verified: set[Path] = set()
+        self._complaint: str | None = None  # of a write that rank 0 does alone
+
+    def before_start(self) -> None:
+        """On rank 0, before it joins the others: what will be loaded is whole. ValueError if it cannot be."""
+        if self.load is None:
+            return
+        if self.own and self.step is None:
+            for line in saved.recover(self.load):
+                self.say(line)
+        else:
+            saved.check_loadable(self.load, self.step)
+        chosen = self.step or saved.tracked_step(self.load)
+        if chosen is not None:
+            self._verified.add(saved.folder_of(self.load, chosen).resolve())
+
+    def verify(self, checkpoint: str) -> None:
+        """In place of upstream's check, which reads one file after another; what was checked at the start is not read again."""
+        complaint: list[str | None] = [None]
+        if torch.distributed.get_rank() == 0 and Path(checkpoint).resolve() not in self._verified:
+            complaint = [saved.damage(Path(checkpoint))]
+        torch.distributed.broadcast_object_list(complaint, src=0)
+        if complaint[0]:
+            raise AgreedError(f"{checkpoint} cannot be loaded: {complaint[0]}")
+
+    def kept(self, write: Callable[..., None]) -> Callable[..., None]:
+        """``write``, done by rank 0 alone, with its failure kept for ``guarded`` rather than raised: others wait behind it."""
+
+        def attempted(*args: Any, **kwargs: Any) -> None:
+            try:
+                write(*args, **kwargs)
+            except OSError as error:
+                self._complaint = str(error)
+
+        return attempted
+
+    def guarded(self, upstream: Callable) -> Callable:
+        """Upstream's ``save_checkpoint``, with a failure of any rank told to all."""
+
+        def save_checkpoint(iteration: int, *args: Any, **kwargs: Any) -> None:
+            if self.own and iteration == self.args.iteration:
+                return  # nothing was trained since this checkpoint was loaded: it is not written over
+            self._prune()
+            before = self._tracked()
+            complaint = self._agreed(self._probe(iteration)) or self._agreed(self._attempt(lambda: upstream(iteration, *args, **kwargs)))
+            if complaint:
+                self._failed(iteration, before, complaint)
+            self._prune()
+
+        return save_checkpoint
+
+    def finalized(self, upstream: Callable) -> Callable:
+        """Upstream's ``maybe_finalize_async_save``, with a failure of any rank told to all."""
+
+        def maybe_finalize_async_save(*args: Any, **kwargs: Any) -> None:
+            from megatron.training.async_utils import is_empty_async_queue
+
+            if is_empty_async_queue():
+                upstream(*args, **kwargs)
+                return
+            before = self._tracked()
+            complaint = self._agreed(self._attempt(lambda: upstream(*args, **kwargs)))
+            if complaint:
+                self._failed(None, before, complaint)
+            self._prune()
+
+        return maybe_finalize_async_save
+
+    def _tracked(self) -> int | None:
+        assert self.folder is not None
+        return saved.tracked_step(self.folder) if torch.distributed.get_rank() == 0 else None
+
+    def _probe(self, iteration: int) -> str | None:
+        """Rank 0 makes the folder and sees whether it can write there: what upstream would fail at on rank 0 alone."""
+        if torch.distributed.get_rank() != 0 or self.folder is None:
+            return None
+        target = saved.folder_of(self.folder, iteration)
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+            (target / "probe").write_bytes(b"\0" * _PROBE_BYTES)
+        except OSError as error:
+            return str(error)
+        finally:
+            (target / "probe").unlink(missing_ok=True)
+        return None
+
+    def _attempt(self, save: Callable[[], None]) -> str | None:
+        """What went wrong on this rank, None if nothing did."""
+        self._complaint = None
+        try:
+            save()
+        except CheckpointException as error:
+            return _root_cause(error)
+        except OSError as error:  # of the tracker, on rank 0 alone: the barrier at the end is all that upstream has left
+            torch.distributed.barrier()
+            return str(error)
+        return self._complaint
+
+    def _agreed(self, complaint: str | None) -> str | None:
+        """What any rank complains of, with detail if one has it. Collective."""
+        everywhere: list[str | None] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everywhere, complaint)
+        return max(filter(None, everywhere), key=lambda told: told != _NO_DETAIL, default=None)
+
+    def _failed(self, iteration: int | None, before: int | None, complaint: str) -> None:
+        """Clear away what is there of a save that failed; stop, or say that the run goes on."""
+        assert self.folder is not None
+        complaint += f"; {shutil.disk_usage(self.folder).free / 2**20:.0f} MiB were left on that disk"
+        if torch.distributed.get_rank() == 0:
+            if before is not None and saved.tracked_step(self.folder) != before:
+                saved.write_tracker(self.folder, before)
+            elif before is None:
+                (self.folder / saved.TRACKER).unlink(missing_ok=True)
+            for step in saved.steps(self.folder):
+                if step == iteration or (iteration is None and (before is None or step > before)):
+                    shutil.rmtree(saved.folder_of(self.folder, step), ignore_errors=True)
+        which = "a checkpoint" if iteration is None else f"the checkpoint of step {iteration}"
+        if not self.go_on:
+            raise AgreedError(
+                f"{which} could not be saved in {self.folder}: {complaint}. What was saved before is untouched: mend that and start the "
+                "same job again; --continue-on-save-failure would have gone on"
+            )
+        if torch.distributed.get_rank() == 0:
+            self.say(f"{which} could not be saved: {complaint}. Training goes on; what was saved before is untouched")
+
+    def _prune(self) -> None:
+        if self.keep is not None and self.folder is not None and torch.distributed.get_rank() == 0:
+            saved.keep_newest(self.folder, self.keep, self.spare())
+
+
+_NO_DETAIL = "a write failed"
+
+
+def _root_cause(error: CheckpointException) -> str:
+    """What failed on the first rank that is named; only the coordinator's exception names any."""
+    return next((str(cause) for cause, _ in error.failures.values()), _NO_DETAIL)

@@ -1,0 +1,196 @@
+"""Checkpoints that were damaged, cut short or could not be written: the run goes on to the uninterrupted run's end, or says what to do.
+
+The judge is a run that nothing happened to: losses and gradient norms of every step, and every exported tensor.
+"""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_patch.checkpoint import saved
+from tests.distributed import harness
+from tests.distributed.materials import Bench, tensors
+
+SAVES = ("--save-interval", 3)  # of ten steps: after 3, 6, 9 and 10
+
+
+@pytest.fixture
+def uninterrupted(bench: Bench) -> Path:
+    """Ten steps in one process."""
+    return bench.train("one", bench.reference(), *SAVES, alter="recorded")
+
+
+def assert_same_end(save: Path, judge: Path) -> None:
+    """Every step once, with the judge's numbers, and the judge's weights."""
+    rows, expected = harness.metrics(save), harness.metrics(judge)
+    assert [row["iteration"] for row in rows] == list(range(1, 11))
+    for name in ("loss", "grad_norm", "learning_rate", "consumed_samples", "logps/chosen"):
+        assert [row[name] for row in rows] == [row[name] for row in expected], name
+    found, wanted = tensors(save / "hf"), tensors(judge / "hf")
+    assert not [name for name, tensor in wanted.items() if not torch.equal(tensor, found[name])]
+
+
+def killed_after(bench: Bench, whole: Path, last: int) -> Path:
+    """What a run leaves that was killed after its save at step ``last``."""
+    save = bench.folder(f"killed-after-{last}")
+    save.mkdir()
+    for step in saved.steps(whole):
+        if step <= last:
+            shutil.copytree(saved.folder_of(whole, step), saved.folder_of(save, step))
+    saved.write_tracker(save, last)
+    shutil.copy(whole / "metrics.jsonl", save)
+    return save
+
+
+def resume(bench: Bench, save: Path, *flags: object) -> harness.Run:
+    """The same command again."""
+    return bench.attempt("one", save, bench.reference(), *SAVES, "--load", save, *flags, alter="")
+
+
+def truncate_largest(folder: Path) -> None:
+    largest = max((file for file in folder.iterdir() if file.is_file()), key=lambda file: file.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+
+
+def flip_a_bit(folder: Path) -> None:
+    largest = max((file for file in folder.iterdir() if file.is_file()), key=lambda file: file.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("harm", [truncate_largest, flip_a_bit, lambda folder: (folder / ".metadata").unlink()])
+def test_damaged_newest_checkpoint(bench: Bench, uninterrupted: Path, harm: Callable[[Path], None]) -> None:
+    """The one before it is used, the damaged one set aside and named."""
+    save = killed_after(bench, uninterrupted, 6)
+    harm(saved.folder_of(save, 6))
+    run = resume(bench, save)
+    assert run.ok, run.output[-4000:]
+    assert_same_end(save, uninterrupted)
+    assert (save / "iter_0000006.damaged").is_dir()
+    assert "iter_0000006 cannot be used" in run.output and f"going on from {saved.folder_of(save, 3)}" in run.output
+
+
+def test_empty_tracker(bench: Bench, uninterrupted: Path) -> None:
+    """Upstream would leave with exit code 0, having trained nothing."""
+    save = killed_after(bench, uninterrupted, 6)
+    (save / saved.TRACKER).write_text("")
+    run = resume(bench, save)
+    assert run.ok and "names no checkpoint" in run.output, run.output[-4000:]
+    assert_same_end(save, uninterrupted)
+    assert "step 7/10" in run.output and "step 6/10" not in run.output
+
+
+def test_killed_between_manifest_and_tracker(bench: Bench, uninterrupted: Path) -> None:
+    """The first save of all was complete but for its tracker."""
+    save = killed_after(bench, uninterrupted, 3)
+    (save / saved.TRACKER).unlink()
+    run = resume(bench, save)
+    assert run.ok and "step 3/10" not in run.output, run.output[-4000:]
+    assert_same_end(save, uninterrupted)
+
+
+def test_save_killed_half_way(bench: Bench, uninterrupted: Path) -> None:
+    """A folder newer than the tracker says, without its end: the run before it goes on and writes over it."""
+    save = killed_after(bench, uninterrupted, 6)
+    saved.write_tracker(save, 3)
+    for name in (saved.MANIFEST, ".metadata"):
+        (saved.folder_of(save, 6) / name).unlink()
+    truncate_largest(saved.folder_of(save, 6))
+    run = resume(bench, save)
+    assert run.ok, run.output[-4000:]
+    assert_same_end(save, uninterrupted)
+    assert saved.damage(saved.folder_of(save, 6)) is None
+
+
+@pytest.mark.ci
+def test_no_checkpoint_is_whole(bench: Bench, uninterrupted: Path) -> None:
+    """Nothing is trained from the start in silence."""
+    save = killed_after(bench, uninterrupted, 3)
+    truncate_largest(saved.folder_of(save, 3))
+    run = resume(bench, save)
+    assert run.codes == [2] and run.errors == {line for line in run.errors if "is whole: move it away to start anew" in line}
+    assert saved.steps(save) == [3] and not (save / "hf").exists()
+
+
+def test_another_runs_damaged_checkpoint_is_refused_and_left(bench: Bench, uninterrupted: Path) -> None:
+    """``--load`` of a folder that is not this run's."""
+    other, save = killed_after(bench, uninterrupted, 6), bench.folder("loads-anothers")
+    truncate_largest(saved.folder_of(other, 6))
+    run = bench.attempt("one", save, bench.reference(), *SAVES, "--load", other, alter="")
+    (error,) = run.errors
+    assert run.codes == [2] and "--ckpt-step" in error and "iter_0000006" in error
+    assert saved.steps(other) == [6, 3]
+    run = bench.attempt("one", save, bench.reference(), *SAVES, "--load", other, "--ckpt-step", 3, alter="")
+    assert run.ok, run.output[-4000:]
+    assert [row["loss"] for row in harness.metrics(save)] == [row["loss"] for row in harness.metrics(uninterrupted)][3:]
+
+
+def test_a_folder_with_checkpoints_is_not_written_over(bench: Bench, uninterrupted: Path) -> None:
+    """Without ``--load`` a run would start anew and write its checkpoints over those that are there."""
+    save = killed_after(bench, uninterrupted, 3)
+    run = bench.attempt("one", save, bench.reference(), *SAVES, alter="")
+    (error,) = run.errors
+    assert run.codes == [2] and f"--load {save}" in error and saved.damage(saved.folder_of(save, 3)) is None
+
+
+def test_a_finished_run_started_again_leaves_its_checkpoints(bench: Bench, uninterrupted: Path) -> None:
+    """Nothing is left to train: the last checkpoint is not written over, the export is the same."""
+    save = killed_after(bench, uninterrupted, 10)
+    before = {file: file.stat().st_mtime_ns for file in saved.folder_of(save, 10).iterdir()}
+    run = resume(bench, save)
+    assert run.ok, run.output[-4000:]
+    assert_same_end(save, uninterrupted)
+    assert {file: file.stat().st_mtime_ns for file in saved.folder_of(save, 10).iterdir()} == before
+
+
+def test_newest_checkpoints_are_kept(bench: Bench) -> None:
+    """``--keep-last 2`` of four; what stays is whole."""
+    save = bench.train("dp2-do", bench.reference(), *SAVES, "--keep-last", 2, alter="recorded")
+    assert saved.steps(save) == [10, 9]
+    assert [saved.damage(saved.folder_of(save, step)) for step in (10, 9)] == [None, None]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with room for one checkpoint and a half."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3500k", "tmpfs", str(folder)], capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs to be allowed to mount")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("layout", ["one", "dp2-do"])
+def test_disk_full_while_saving(bench: Bench, small_disk: Path, layout: str) -> None:
+    """One line that says so and what to do; the checkpoint before it stays whole; with more room the same command comes to the end."""
+    save = small_disk / "run"
+    run = bench.attempt(layout, save, bench.reference(), *SAVES, "--tensorboard-dir", bench.folder("events"), alter="")
+    (error,) = run.errors
+    assert set(run.codes) == {2} and "the checkpoint of step 6" in error, run.output[-4000:]
+    assert "; 0 MiB were left on that disk" in error
+    assert saved.tracked_step(save) == 3 and saved.steps(save) == [3] and saved.damage(saved.folder_of(save, 3)) is None
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    run = bench.attempt(layout, save, bench.reference(), *SAVES, "--load", save, alter="")
+    assert run.ok, run.output[-4000:]
+    assert_same_end(save, bench.train(layout, bench.reference(), *SAVES, alter="recorded"))
+
+
+def test_training_goes_on_after_a_save_that_failed(bench: Bench, uninterrupted: Path, small_disk: Path) -> None:
+    """``--continue-on-save-failure``: the same numbers to the end, each failure in one line, the first checkpoint whole."""
+    save = small_disk / "run"
+    flags = ("--tensorboard-dir", bench.folder("events"), "--continue-on-save-failure")
+    run = bench.attempt("one", save, bench.reference(), *SAVES, *flags, alter="")
+    assert run.ok, run.output[-4000:]
+    assert [row["loss"] for row in harness.metrics(save)] == [row["loss"] for row in harness.metrics(uninterrupted)]
+    assert run.output.count(" MiB were left on that disk. Training goes on") == 3
+    assert saved.tracked_step(save) == 3 and saved.steps(save) == [3] and saved.damage(saved.folder_of(save, 3)) is None
+    assert all(torch.equal(tensor, tensors(save / "hf")[name]) for name, tensor in tensors(uninterrupted / "hf").items())
