@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -16,33 +16,20 @@ import pytest
 import torch
 
 from megatron_patch.checkpoint import saved
+from tests import jobs
 from tests.distributed import harness
 from tests.distributed.materials import Bench, tensors
 
-SCRIPT = "examples/qwen2_5/run_mcore_qwen_xpo.sh"
 STEPS = 60
 pytestmark = pytest.mark.full
 
 
-def environment(output: Path, more: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Two processes on the CPU; nothing of a SLURM around this test reaches the job."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
-    return {**kept, "PRESET": "sft", "OUTPUT": str(output), "NPROC_PER_NODE": "2", "DEVICE": "cpu", **(more or {})}
-
-
-def words(bench: Bench, *flags: object) -> list[str]:
-    """The job's command: fine-tuning, a checkpoint every ten steps."""
-    fixed = ("--hf-path", bench.models["tied"], "--pair-data", bench.sft, "--seq-length", 128, "--global-batch-size", 8)
+def start(bench: Bench, output: Path, **more: str) -> subprocess.Popen[str]:
+    """The job on two processes, in a session of its own; a checkpoint every ten steps."""
     schedule = ("--train-iters", STEPS, "--lr-warmup-iters", 1, "--save-interval", 10)
-    return [str(word) for word in ("bash", SCRIPT, *fixed, *schedule, *flags)]
-
-
-def start(bench: Bench, output: Path, *flags: object, **more: str) -> subprocess.Popen[str]:
-    """The job, in a session of its own."""
-    return subprocess.Popen(
-        words(bench, *flags), cwd=harness.ROOT, env=environment(output, more), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
-    )  # fmt: skip
+    command = ["bash", *jobs.command(bench.models["tied"], bench.sft, *schedule)]
+    environment, pipe = jobs.environment(output, NPROC_PER_NODE="2", **more), subprocess.PIPE
+    return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
 
 
 @pytest.fixture(scope="module")
@@ -53,16 +40,6 @@ def undisturbed(bench: Bench) -> Path:
     shown, errors = job.communicate(timeout=300)
     assert job.returncode == 0, shown + errors
     return output
-
-
-def wait_for_step(output: Path, step: int) -> None:
-    """Until a step is recorded."""
-    metrics, deadline = output / "metrics.jsonl", time.monotonic() + 120
-    while time.monotonic() < deadline:
-        if metrics.exists() and len(metrics.read_text().splitlines()) >= step:
-            return
-        time.sleep(0.05)
-    raise AssertionError("the run did not get there")
 
 
 def ranks(job: subprocess.Popen[str]) -> dict[int, psutil.Process]:
@@ -98,7 +75,7 @@ def test_one_rank_is_killed(bench: Bench, undisturbed: Path, rank: int) -> None:
     """As the kernel does when memory runs out."""
     output = bench.folder(f"rank-{rank}-killed")
     job = start(bench, output)
-    wait_for_step(output, 15)
+    jobs.wait_for_step(output, 15)
     everyone = ranks(job)
     assert set(everyone) == {0, 1}
     everyone[rank].kill()
@@ -114,7 +91,7 @@ def test_everything_is_killed(bench: Bench, undisturbed: Path) -> None:
     """A node that loses power: nobody says anything any more."""
     output = bench.folder("all-killed")
     job = start(bench, output)
-    wait_for_step(output, 25)
+    jobs.wait_for_step(output, 25)
     everyone = [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]
     for process in everyone:
         process.kill()
@@ -135,7 +112,7 @@ def test_preempted_without_a_warning(bench: Bench, undisturbed: Path, send: Call
     """SIGTERM, as ``scancel`` and preemption send it: exit code 75, and no process left."""
     output = bench.folder("terminated")
     job = start(bench, output)
-    wait_for_step(output, 15)
+    jobs.wait_for_step(output, 15)
     everyone = ranks(job)
     send(job)
     shown, errors = job.communicate(timeout=60)
@@ -148,7 +125,7 @@ def test_warned_before_the_time_limit(bench: Bench, undisturbed: Path) -> None:
     """USR1 to the job's shell: saved at the next step, wherever that is."""
     output = bench.folder("warned")
     job = start(bench, output)
-    wait_for_step(output, 13)
+    jobs.wait_for_step(output, 13)
     job.send_signal(signal.SIGUSR1)
     shown, errors = job.communicate(timeout=60)
     assert job.returncode == 75, shown + errors
@@ -160,7 +137,7 @@ def test_torchrun_starts_the_ranks_again(bench: Bench, undisturbed: Path) -> Non
     """``--max-restarts``: nobody has to do anything."""
     output = bench.folder("restarted")
     job = start(bench, output, TORCHRUN_FLAGS="--max-restarts=1")
-    wait_for_step(output, 15)
+    jobs.wait_for_step(output, 15)
     ranks(job)[1].kill()
     shown, errors = job.communicate(timeout=300)
     assert job.returncode == 0, shown + errors

@@ -1,46 +1,28 @@
 """The run script as a user starts it: exit codes, what the terminal shows, and a run that is asked to stop and goes on later."""
 
 import json
-import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
-from tests.distributed.materials import make_model, make_store
+from tests import jobs
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.ci
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small model and fine-tuning data."""
-    folder = tmp_path_factory.mktemp("launch")
-    make_model(folder / "model", tied=True, seed=0)
-    make_store(folder / "sft", "sft")
-    return folder
+    return jobs.make_materials(tmp_path_factory.mktemp("launch"))
 
 
 def start(work: Path, *flags: object) -> subprocess.Popen:
     """run_mcore_qwen_xpo.sh with the sft preset on two processes."""
-    command = ["bash", "examples/qwen2_5/run_mcore_qwen_xpo.sh", "--hf-path", work / "model", "--pair-data", work / "sft"]
-    command += ["--seq-length", 128, "--global-batch-size", 8, *flags]
-    environment = {**os.environ, "PRESET": "sft", "OUTPUT": str(work / "run"), "NPROC_PER_NODE": "2", "DEVICE": "cpu"}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
-
-
-def wait_for_steps(work: Path, count: int) -> None:
-    """Until ``count`` steps are recorded."""
-    metrics, deadline = work / "run/metrics.jsonl", time.monotonic() + 120
-    while time.monotonic() < deadline:
-        if metrics.exists() and len(metrics.read_text().splitlines()) >= count:
-            return
-        time.sleep(0.1)
-    raise AssertionError("the run did not start to train")
+    command = ["bash", *jobs.command(work / "model", work / "sft", *flags)]
+    environment, pipe = jobs.environment(work / "run", NPROC_PER_NODE="2"), subprocess.PIPE
+    return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
 
 
 def test_users_error_is_one_line_and_code_2(work: Path) -> None:
@@ -57,7 +39,7 @@ def test_usr1_saves_and_the_same_command_goes_on(work: Path) -> None:
     """SLURM's warning before the time limit: saved at the next step, exit code 75, and nothing is trained twice."""
     schedule = ("--lr-warmup-iters", 1, "--lr-decay-iters", 4000)
     job = start(work, "--train-iters", 4000, *schedule)
-    wait_for_steps(work, 3)
+    jobs.wait_for_step(work / "run", 3)
     job.send_signal(signal.SIGUSR1)
     shown, errors = job.communicate(timeout=120)
     assert job.returncode == 75, shown + errors

@@ -1,7 +1,6 @@
 """The training job on a real SLURM of two nodes: the same losses as one process, and back to work after whatever ends it early."""
 
 import json
-import os
 import subprocess
 import time
 from collections.abc import Callable
@@ -10,10 +9,9 @@ from pathlib import Path
 import pytest
 
 from megatron_patch.checkpoint import saved
+from tests import jobs
 from tests.distributed import harness
-from tests.distributed.materials import make_model, make_store
 
-SCRIPT = harness.ROOT / "examples/qwen2_5/run_mcore_qwen_xpo.sh"
 STEPS = 120
 pytestmark = pytest.mark.full
 
@@ -21,25 +19,17 @@ pytestmark = pytest.mark.full
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, fine-tuning data, and the losses of one process."""
-    folder = tmp_path_factory.mktemp("training-job")
-    make_model(folder / "model", tied=True, seed=0)
-    make_store(folder / "sft", "sft")
-    command = ["bash", str(SCRIPT), *flags(folder)]
-    done = subprocess.run(command, env=environment(folder, folder / "alone"), capture_output=True, text=True, timeout=300)
+    folder = jobs.make_materials(tmp_path_factory.mktemp("training-job"))
+    done = subprocess.run(
+        ["bash", *command(folder)], env=jobs.environment(folder / "alone"), capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
 
-def flags(work: Path) -> list[str]:
-    """Of both jobs; a checkpoint every ten steps."""
-    words = ("--hf-path", work / "model", "--pair-data", work / "sft", "--seq-length", 128, "--global-batch-size", 8)
-    return [str(word) for word in (*words, "--train-iters", STEPS, "--lr-warmup-iters", 1, "--save-interval", 10)]
-
-
-def environment(work: Path, output: Path, **more: str) -> dict[str, str]:
-    """On the CPU, whatever a SLURM around this test says."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
-    return {**kept, "PRESET": "sft", "OUTPUT": str(output), "DEVICE": "cpu", **more}
+def command(work: Path) -> list[str]:
+    """Of every job here; a checkpoint every ten steps."""
+    return jobs.command(work / "model", work / "sft", "--train-iters", STEPS, "--lr-warmup-iters", 1, "--save-interval", 10)
 
 
 class Job:
@@ -47,13 +37,13 @@ class Job:
 
     def __init__(self, work: Path, output: Path, slurm: dict[str, str]) -> None:
         self.output = output
-        self.environment = environment(work, output, **slurm, NPROC_PER_NODE="2", TP="2", PP="2")
+        self.environment = jobs.environment(output, **slurm, NPROC_PER_NODE="2", TP="2", PP="2")
         output.mkdir()
         self.submit(work)
 
     def submit(self, work: Path) -> None:
         """Into the queue."""
-        self.id = self("sbatch", "--parsable", "-N", "2", f"--output={self.output}/slurm.out", str(SCRIPT), *flags(work)).strip()
+        self.id = self("sbatch", "--parsable", "-N", "2", f"--output={self.output}/slurm.out", *command(work)).strip()
 
     def __call__(self, program: str, *words: str) -> str:
         done = subprocess.run([program, *words], env=self.environment, capture_output=True, text=True, timeout=60)
@@ -74,8 +64,7 @@ class Job:
 
     def step(self) -> int:
         """Steps recorded."""
-        metrics = self.output / "metrics.jsonl"
-        return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+        return jobs.steps_done(self.output)
 
     def shown(self) -> str:
         """What it wrote to its terminal."""
