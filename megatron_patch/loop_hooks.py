@@ -254,6 +254,7 @@ def _saving(method: str) -> Callable[[Callable, LoopState], Callable]:
 
 def _write_manifest(_: Callable, state: LoopState) -> Callable:
     def write(checkpoint: str) -> None:
+        """In place of upstream's."""
         saved.write_manifest(Path(checkpoint))
 
     return state.saving.kept(write) if state.saving else write
@@ -267,6 +268,7 @@ def _deaf(upstream: Callable, _: LoopState) -> Callable:
     """Processes that are started inside do not hear the warning that every process of a job gets: they would die of it."""
 
     def start(*args: Any, **kwargs: Any) -> Any:
+        """With the signal blocked: what is started inherits that, and here it waits."""
         warning = {get_args().exit_signal}
         signal.pthread_sigmask(signal.SIG_BLOCK, warning)
         try:

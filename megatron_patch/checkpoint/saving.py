@@ -67,6 +67,7 @@ class Saving:
         """``write``, done by rank 0 alone, with its failure kept for ``guarded`` rather than raised: others wait behind it."""
 
         def attempted(*args: Any, **kwargs: Any) -> None:
+            """Never raises OSError."""
             try:
                 write(*args, **kwargs)
             except OSError as error:
@@ -78,6 +79,7 @@ class Saving:
         """Upstream's ``save_checkpoint``, with a failure of any rank told to all."""
 
         def save_checkpoint(iteration: int, *args: Any, **kwargs: Any) -> None:
+            """Saved, or cleared away again. Collective."""
             if self.own and iteration == self.args.iteration:
                 return  # nothing was trained since this checkpoint was loaded: it is not written over
             self._prune()
@@ -93,6 +95,7 @@ class Saving:
         """Upstream's ``maybe_finalize_async_save``, with a failure of any rank told to all."""
 
         def maybe_finalize_async_save(*args: Any, **kwargs: Any) -> None:
+            """The same of one that is under way. Collective."""
             from megatron.training.async_utils import is_empty_async_queue
 
             if is_empty_async_queue():
