@@ -4,4 +4,6 @@ PY ?= .venv/bin/python
 check:
 	$(PY) -m ruff check .
 	$(PY) -m mypy
+	git ls-files -z | xargs -0 .venv/bin/detect-private-key
+	git ls-files -z | xargs -0 .venv/bin/check-added-large-files --enforce-all --maxkb=1024
 	.venv/bin/shellcheck $$(git ls-files "*.sh") .ci/run

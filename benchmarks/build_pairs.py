@@ -101,7 +101,7 @@ def run_trl(folder: Path, records: str, output: str, workers: int) -> float:
     from trl import DPOConfig, DPOTrainer
 
     datasets.disable_caching()
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=False)
     rows = [json.loads(line) for line in open(folder / records, encoding="utf-8")]
     data = datasets.Dataset.from_list([
         {"prompt": row["prompt"]} | {

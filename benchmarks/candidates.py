@@ -93,7 +93,9 @@ def main() -> int:
     prompts = [chat.prompt_ids([{"role": "user", "content": question}]) for question in questions]
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, local_files_only=True).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        args.model, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True
+    ).eval()
     sides: dict[str, tuple[Callable[[Sequence[Ids]], int], Sequence[Ids]]] = {
         "candidates": (ours(args), prompts),
         "batches by hand": (upstream(model, chat, args, BLOCK), prompts),

@@ -11,7 +11,7 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
@@ -37,7 +37,7 @@ class PatchArguments:
         "xpo", "finetune: cross-entropy of the responses; pretrain: of plain text; xpo: preference optimisation", choices=TRAIN_MODES
     )
     hf_path: str | None = _flag(None, "Hugging Face folder of the initial weights (and the reference); also gives the model's shape")
-    save_hf: str | None = _flag(None, "write the final weights as a Hugging Face folder in the training precision")
+    export_hf: str | None = _flag(None, "write the final weights as a Hugging Face folder in the training precision")
     pair_data: list[str] | None = _flag(None, "training stores: PREFIX... or WEIGHT PREFIX WEIGHT PREFIX...", nargs="+")
     valid_pair_data: list[str] | None = _flag(None, "validation stores; an evaluation is one full pass over them", nargs="+")
     best_metric: str | None = _flag(None, "keep the checkpoint of the best evaluation by this metric, e.g. eval_loss", metavar="NAME")
@@ -99,6 +99,8 @@ class PatchArguments:
         False, "read every byte of stores and initial weights before training and compare with the recorded sha256", action="store_true"
     )
     allow_untested: bool = _flag(False, "go on with what no test has run: Transformer Engine, --optimizer-cpu-offload", action="store_true")
+    dry_run: bool = _flag(False, "show layout, steps and memory of each rank for WORLD_SIZE processes, then exit", action="store_true")
+    gpu_memory_gb: float | None = _flag(None, "GiB of a GPU: --dry-run refuses what needs more, and says what would fit", type=float)
     check: bool = _flag(False, "check flags, checkpoint and data in one process, then exit", action="store_true")
 
 
@@ -167,14 +169,15 @@ def _defaults(known: argparse.Namespace, device: str) -> dict[str, Any]:
     tp = known.tensor_model_parallel_size
     config = read_qwen2_config(known.hf_path)
     check_layout(config, tp)
-    _check_ranks(known)
+    _check_ranks(known, config.layers)
     shape = megatron_model_arguments(config, tp)
     shape["layernorm_epsilon"] = shape.pop("norm_epsilon")
     seq_length = known.seq_length or 4096
     shape["max_position_embeddings"] = max(shape["max_position_embeddings"], seq_length)
     derived: dict[str, Any] = {"seq_length": seq_length}
-    if known.save:
-        derived["tensorboard_dir"] = os.path.join(known.save, "tensorboard")
+    if known.save and not known.dry_run:
+        name = os.path.basename(os.path.abspath(known.save))
+        derived |= {"tensorboard_dir": os.path.join(known.save, "tensorboard"), "wandb_exp_name": name}
     if known.valid_pair_data:
         derived |= {"eval_iters": 1, "eval_interval": 100}
     if known.epochs is not None:
@@ -182,19 +185,34 @@ def _defaults(known: argparse.Namespace, device: str) -> dict[str, Any]:
     return {**_RUN_DEFAULTS, **shape, **derived, **_device_defaults(device)}
 
 
-def _check_ranks(known: argparse.Namespace) -> None:
-    """Upstream's own messages on these two do not name the flags to change."""
+def _check_ranks(known: argparse.Namespace, layers: int) -> None:
+    """Upstream's own messages on these do not name the flags to change, or values that would do."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     tp, pp, cp = known.tensor_model_parallel_size, known.pipeline_model_parallel_size, known.context_parallel_size
     if world % (tp * pp * cp):
         cut = f"--tensor-model-parallel-size {tp} x --pipeline-model-parallel-size {pp} x --context-parallel-size {cp}"
-        raise ValueError(f"{world} processes cannot be cut into {cut}")
+        raise ValueError(f"{world} processes cannot be cut into {cut}; the product may be {_list(_divisors(world))}")
+    uneven = (known.decoder_first_pipeline_num_layers, known.decoder_last_pipeline_num_layers, known.pipeline_model_parallel_layout)
+    if layers % pp and not any(uneven):
+        raise ValueError(
+            f"--pipeline-model-parallel-size {pp} does not divide the model's {layers} layers; sizes that do: {_list(_divisors(layers))}; "
+            "--decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers make uneven stages"
+        )
     ranks, batch = world // (tp * pp * cp), known.global_batch_size
     if batch and batch % ranks:
+        nearest = _list(size for size in (batch // ranks * ranks, -(-batch // ranks) * ranks) if size)
         raise ValueError(
             f"--global-batch-size {batch} is not a multiple of the {ranks} data-parallel ranks that {world} processes make at TP {tp} x PP "
-            f"{pp} x CP {cp}; change it, or the layout"
+            f"{pp} x CP {cp}; nearest: {nearest}, or change the layout"
         )
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def _list(values: Iterable[int]) -> str:
+    return ", ".join(map(str, values))
 
 
 def _iterations(known: argparse.Namespace) -> int:

@@ -25,6 +25,10 @@ _CPU = torch.device("cpu")
 ENVIRONMENT = {"TORCHDYNAMO_DISABLE": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 
 
+_HERE = "LPO_CPU_BACKEND"
+"""Set for the processes that this one starts."""
+
+
 def _is_cuda(device: Any) -> bool:
     if isinstance(device, bool) or device is None:
         return False
@@ -215,7 +219,7 @@ def install() -> None:
     """
     if _installed:
         return
-    os.environ.update(ENVIRONMENT)
+    os.environ.update(ENVIRONMENT | {_HERE: "1"})
     if torch.cuda.is_initialized():
         raise RuntimeError("cpu_backend.install() must run before CUDA is initialised in this process")
     dynamo_config = importlib.import_module("torch._dynamo.config")  # read the environment already, where dynamo was imported earlier
@@ -225,3 +229,9 @@ def install() -> None:
     mode.__enter__()
     _installed.append(mode)
     _apply(MEGATRON_STANDINS)
+
+
+def install_in_helper() -> None:
+    """In a process that multiprocessing started: ``install()`` if its parent did. The writer of asynchronous saves asks for CUDA too."""
+    if os.environ.get(_HERE):
+        install()

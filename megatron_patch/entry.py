@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 
 from megatron_patch.arguments import add_arguments
+from megatron_patch.checkpoint import foreign_code
 from megatron_patch.errors import AgreedError
 
 # torchrun ends all ranks as soon as one leaves, also the one that has yet to write the line: the silent ones wait to be ended.
@@ -24,6 +25,7 @@ def parse_arguments(device: str, add: Callable[[argparse.ArgumentParser], None] 
     """
     # Tensor parallelism wants it before Blackwell (training/arguments.py:1437), and CUDA reads it when it is initialised.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    foreign_code.forbid()
     from megatron.training.arguments import parse_and_validate_args
 
     def provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

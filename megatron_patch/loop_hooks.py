@@ -18,7 +18,7 @@ from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.training import checkpointing, get_args, initialize
 from megatron.training import training as mt
-from megatron.training.global_vars import get_tensorboard_writer
+from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
 
 from megatron_patch.best_so_far import BestSoFar
 from megatron_patch.checkpoint import saved
@@ -148,7 +148,7 @@ def _training_log(upstream: Callable, state: LoopState) -> Callable:
             row |= {name: float(value) for name, value in loss_dict.items()}
             row |= {"grad_norm": grad_norm, "learning_rate": learning_rate, "skipped": int(skipped)}
             speed = measured | _speed(state, consumed, measured["seconds"], args.world_size)
-            _show_in_tensorboard(speed, iteration)
+            _show_elsewhere(speed, iteration)
             row |= speed
             record_metrics(state, row)
             state.console(_console_line(state.mode, f"step {iteration}/{args.train_iters}", row))
@@ -181,11 +181,14 @@ def _speed(state: LoopState, consumed: int, seconds: float, devices: int) -> dic
     }
 
 
-def _show_in_tensorboard(values: dict[str, float], iteration: int) -> None:
-    writer = get_tensorboard_writer()
+def _show_elsewhere(values: dict[str, float], iteration: int) -> None:
+    """In TensorBoard, and in Weights & Biases with ``--wandb-project``; the losses' own metrics upstream writes there."""
+    writer, wandb = get_tensorboard_writer(), get_wandb_writer()
     if writer:
         for name, value in values.items():
             writer.add_scalar(name, value, iteration)
+    if wandb:
+        wandb.log(values, iteration)
 
 
 def _evaluate_and_print(_: Callable, state: LoopState) -> Callable:
@@ -209,7 +212,7 @@ def _evaluate_and_print(_: Callable, state: LoopState) -> Callable:
             return
         row = {"iteration": iteration, **values}
         record_metrics(state, row)
-        _show_in_tensorboard({name: value for name, value in row.items() if name != "iteration"}, iteration)
+        _show_elsewhere({name: value for name, value in row.items() if name != "iteration"}, iteration)
         state.console(_console_line(state.mode, f"evaluation at step {iteration}", row))
 
     return evaluate_and_print_results

@@ -25,7 +25,7 @@ def _decay_steps(args: argparse.Namespace) -> int:
 
 
 REFUSED: tuple[tuple[Callable[[argparse.Namespace], object], str], ...] = (
-    (lambda args: not args.pair_data, "--pair-data is required: the stores to work on"),
+    (lambda args: not args.pair_data and not args.dry_run, "--pair-data is required: the stores to work on"),
     (
         lambda args: args.iterations_to_skip,
         "--iterations-to-skip hangs in megatron-core 0.19.2; use a different --seed or drop the pairs instead",
@@ -82,9 +82,12 @@ REFUSED: tuple[tuple[Callable[[argparse.Namespace], object], str], ...] = (
         lambda args: not uses_torch_spec(args) and importlib.util.find_spec("transformer_engine") is None,
         "--transformer-impl transformer_engine: the package is not installed (requirements-gpu.txt)",
     ),
-    (lambda args: not args.skip_train and not args.train_iters, "--train-iters or --epochs is required: how long to train"),
     (
-        lambda args: not args.skip_train and args.lr_warmup_iters >= _decay_steps(args),
+        lambda args: not args.skip_train and not args.train_iters and not args.dry_run,
+        "--train-iters or --epochs is required: how long to train",
+    ),
+    (
+        lambda args: args.train_iters and not args.skip_train and args.lr_warmup_iters >= _decay_steps(args),
         "--lr-warmup-iters {lr_warmup_iters} must be below {decay_steps}, the steps the learning rate decays over",
     ),
 )
@@ -99,8 +102,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     for asked, message in REFUSED:
         if asked(args):
             raise ValueError(message.format_map({**vars(args), "decay_steps": _decay_steps(args)}))
-    if args.save_hf:
-        refuse_foreign_folder(Path(args.save_hf))
+    if args.export_hf:
+        refuse_foreign_folder(Path(args.export_hf))
     given_losses(args)
 
 

@@ -1,15 +1,15 @@
-"""One run put together from its arguments: model config, data streams, checks, loop hooks.
+"""A training run put together from its arguments: data streams, model config, checks, loop hooks, export.
 
-Training and the reference pass share everything here, which is how policy and reference take the same path from disk to
-log-probs. Entries own the process (device, argument parsing, exit code); this module owns what is built in it.
+``streams``, ``built_model`` and ``forward_step`` are shared with the reference pass, which is how policy and reference take the same path
+from disk to log-probs. Entries own the process (device, argument parsing, exit code); this module owns what is built in it.
 """
 
 import argparse
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from math import lcm
 from pathlib import Path
 from typing import Any
 
@@ -17,140 +17,29 @@ import numpy as np
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
-from megatron.training.argument_utils import gpt_config_from_args
-from megatron.training.checkpointing import checkpoint_exists
 from megatron.training.global_vars import get_signal_handler
 
 from megatron_patch import loop_hooks, run_record
 from megatron_patch.arguments import given_losses
 from megatron_patch.best_so_far import BestSoFar
+from megatron_patch.built_model import announce, model_config, precision
 from megatron_patch.checkpoint import torch_adam
-from megatron_patch.checkpoint.hf_files import weights_fingerprint
-from megatron_patch.checkpoint.hf_io import load_hf_weights, save_hf_weights
+from megatron_patch.checkpoint.hf_io import save_hf_weights
 from megatron_patch.checkpoint.saving import Saving
 from megatron_patch.checksums import verify_data
-from megatron_patch.data.batch_plan import BatchPlan, PairOrder, Shared
-from megatron_patch.data.pair_dataset import MicroBatchStream, RowShape, SampleSet, Work, parse_weighted_prefixes, round_up
-from megatron_patch.data.tokenizer_identity import folder_tokenizer_fingerprint
+from megatron_patch.data.batch_plan import BatchPlan, PairOrder
+from megatron_patch.data.pair_dataset import MicroBatchStream
 from megatron_patch.errors import AgreedError
 from megatron_patch.evaluation import parity
 from megatron_patch.forward_step import ForwardStep, Objective, checked_finetune, checked_preference
-from megatron_patch.model.layer_specs import qwen2_block_spec
-from megatron_patch.model.packed_attention import kernel_name
-from megatron_patch.model.packed_rotary import PackedRotary
-from megatron_patch.model.qwen2 import Qwen2Config, read_qwen2_config
-from megatron_patch.objectives import finetune, preference, pretrain
+from megatron_patch.model.qwen2 import read_qwen2_config
 from megatron_patch.objectives.loss_statistics import LossStatistics
 from megatron_patch.objectives.preference import PreferenceObjective
 from megatron_patch.preference.losses import loss_entry, needs_peers, needs_reference
 from megatron_patch.refusals import check_arguments, check_scores, uses_torch_spec
+from megatron_patch.scoring import Scorer, check_export
 from megatron_patch.step_checks import StepChecks, StepZero
-from megatron_patch.throughput import useful_flops
-
-STORE_KINDS = {"xpo": preference.STORE_KIND, "finetune": finetune.STORE_KIND, "pretrain": pretrain.STORE_KIND}
-
-
-def announce(args: argparse.Namespace, mode: str, device: str) -> None:
-    """The first line of every run: where and how it computes."""
-    if args.rank == 0:
-        layout = f"TP {args.tensor_model_parallel_size} x PP {args.pipeline_model_parallel_size} x CP {args.context_parallel_size} "
-        layout += f"x DP {args.data_parallel_size}"
-        kernel = kernel_name(device, precision(args), args.kv_channels) if uses_torch_spec(args) else "Transformer Engine"
-        loop_hooks.print_line(f"[{mode}] device: {device}, {args.world_size} processes, {layout}, {precision(args)}, attention: {kernel}")
-
-
-def precision(args: argparse.Namespace) -> torch.dtype:
-    """What the model computes in."""
-    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-
-
-def model_config(args: argparse.Namespace, chunks: list[Any]) -> Any:
-    """Megatron's GPTModelConfig with our layer spec and the import of Hugging Face weights.
-
-    ``chunks`` receives this rank's model chunks, before DDP wraps them.
-    """
-    if args.pad_micro_batches:
-        args.seq_length = row_shape(args).at_least  # what pipeline stages expect from each other
-    config = gpt_config_from_args(args)
-    config.transformer_layer_spec = qwen2_block_spec
-    # No flag reaches this (arguments.py:1232 forces it off); stages must exchange the shapes of packed rows, unless all are alike.
-    config.transformer.variable_seq_lengths = not args.pad_micro_batches
-
-    def fill(built: list[Any]) -> list[Any]:
-        """Hugging Face weights into the model chunks, unless a checkpoint will be loaded; keeps hold of the chunks."""
-        if not checkpoint_exists(args.load):  # asked here, where rank 0 has looked through the folder
-            load_hf_weights(built, args.hf_path)
-        if uses_torch_spec(args):
-            for chunk in built:
-                chunk.rotary_pos_emb = PackedRotary(chunk.rotary_pos_emb)
-        chunks.extend(built)
-        return built
-
-    config.pre_wrap_hooks = [fill]
-    return config
-
-
-def sample_set(args: argparse.Namespace, words: list[str], with_reference: bool) -> tuple[SampleSet, list[float] | None]:
-    """The stores behind ``--pair-data`` or ``--valid-pair-data``, and their weights."""
-    prefixes, weights = parse_weighted_prefixes(words)
-    fingerprint = None if args.allow_reference_mismatch or not with_reference else weights_fingerprint(args.hf_path)
-    kind = STORE_KINDS[args.train_mode]
-    tokenizer = folder_tokenizer_fingerprint(args.hf_path)
-    samples = SampleSet(prefixes, kind, with_reference=with_reference, weights_fingerprint=fingerprint, tokenizer=tokenizer)
-    tokens = row_shape(args).tokens(samples)
-    worst = int(tokens.argmax())
-    if tokens[worst] > args.max_tokens_per_micro_batch:
-        raise ValueError(
-            f"pair {samples[worst].name} has {tokens[worst]} tokens, more than --max-tokens-per-micro-batch "
-            f"{args.max_tokens_per_micro_batch}"
-        )
-    return samples, weights
-
-
-def stream(
-    args: argparse.Namespace, samples: SampleSet, order: PairOrder, batch: int, vocab_size: int, together: bool = False
-) -> MicroBatchStream:
-    """The micro-batches of this data-parallel rank, G = ``batch`` pairs a step; ``together``: see ``split_by_cost``."""
-    virtual = args.virtual_pipeline_model_parallel_size is not None
-    shape, model = row_shape(args), read_qwen2_config(args.hf_path)
-    plan = BatchPlan(
-        order,
-        shape.tokens(samples),
-        batch=batch,
-        ranks=args.data_parallel_size,
-        max_tokens=args.max_tokens_per_micro_batch,
-        multiple_of=args.pipeline_model_parallel_size if virtual else 1,
-        together=together,
-        cost=useful_flops(model, samples.work(shape.share_prompts)),
-        shared=shared_prompts(samples, model) if shape.share_prompts else None,
-    )
-    return MicroBatchStream(
-        samples,
-        plan,
-        rank=parallel_state.get_data_parallel_rank(),
-        vocab_size=vocab_size,
-        shape=shape,
-        context_rank=parallel_state.get_context_parallel_rank(),
-    )
-
-
-def shared_prompts(samples: SampleSet, model: Qwen2Config) -> Shared:
-    """What pairs of one prompt save in one micro-batch: the prompt."""
-    prompts = samples.prompts()
-    return Shared(samples.prompt_keys(), prompts, useful_flops(model, Work(prompts, np.square(prompts), np.zeros_like(prompts))))
-
-
-def row_shape(args: argparse.Namespace) -> RowShape:
-    """What packed rows must be like under this layout; with ``--pad-micro-batches`` all as long as the budget."""
-    ranks = args.context_parallel_size
-    multiple = lcm(2 * ranks if ranks > 1 else 1, ranks * args.tensor_model_parallel_size if args.sequence_parallel else 1)
-    least = round_up(args.max_tokens_per_micro_batch, multiple) if args.pad_micro_batches else 1
-    return RowShape(multiple, ranks, least, args.share_prompt)
-
-
-def full_pass(args: argparse.Namespace, samples: SampleSet, vocab_size: int, together: bool = False) -> MicroBatchStream:
-    """Every sample once, in store order, as one global batch: evaluation and the reference pass."""
-    return stream(args, samples, PairOrder(samples.sizes, seed=0, shuffle=False), len(samples), vocab_size, together)
+from megatron_patch.streams import full_pass, sample_set, stream
 
 
 def _asked_to_stop() -> bool:
@@ -166,7 +55,8 @@ class TrainingRun:
     """
 
     def __init__(self, args: argparse.Namespace, device: str) -> None:
-        announce(args, args.train_mode, device)
+        if not args.dry_run:
+            announce(args, args.train_mode, device)
         check_arguments(args)
         if device == "cpu" and args.optimizer_cpu_offload:
             raise ValueError("--optimizer-cpu-offload: moves the optimizer off a GPU, and this run has none")
@@ -211,8 +101,10 @@ class TrainingRun:
     def _begin(self, saving: Saving, device: str) -> None:
         """What is looked at and noted once before a run starts; rank 0 does it before it joins the others."""
         args, stores = self.args, [store for samples in filter(None, (self.train, self.valid)) for store in samples.stores]
+        started = time.perf_counter()
         origin = run_record.origins(args, stores)
         args.origins = json.dumps(origin)  # Megatron's args are saved in every checkpoint
+        self._say(f"fingerprints of weights and data: {time.perf_counter() - started:.1f} s")
         if args.rank == 0:
             saving.before_start()
             if args.verify_data:
@@ -334,20 +226,27 @@ class TrainingRun:
                 (self.save / "run_state.json").write_text(json.dumps(outcome) + "\n", encoding="utf-8")
 
     def export(self) -> None:
-        """Write ``--save-hf`` from the trained chunks; collective."""
-        if self.args.save_hf:
-            save_hf_weights(self.chunks, self.args.save_hf, self.args.hf_path, dtype=precision(self.args))
-            if self.args.rank == 0:
-                loop_hooks.print_line(f"[{self.args.train_mode}] Hugging Face checkpoint: {self.args.save_hf}")
+        """Write ``--export-hf`` from the trained chunks, and compare what transformers makes of it with them. Collective."""
+        if not self.args.export_hf:
+            return
+        save_hf_weights(self.chunks, self.args.export_hf, self.args.hf_path, dtype=precision(self.args))
+        self._say(f"Hugging Face checkpoint: {self.args.export_hf}")
+        if self.args.parity_check:
+            scorer = Scorer(self.args, self.chunks)
+            check_export(scorer, full_pass(self.args, self.train, self.model.vocab), self._say)
+
+    def train_stream(self) -> MicroBatchStream:
+        """The training pairs in their order, as this rank's micro-batches."""
+        args = self.args
+        keys = self.train.prompt_keys() if args.share_prompt else None
+        order = PairOrder(self.train.sizes, seed=args.seed, weights=self.weights, keys=keys)
+        return stream(args, self.train, order, args.global_batch_size, self.model.vocab, needs_peers(self.losses))
 
     def dataset_provider(self, _sizes: Any = None, vp_stage: int | None = None) -> tuple[Any, Any, None]:
         """(train, validation, None) iterators of this rank, from the pairs consumed so far; one call per virtual stage."""
         args = self.args
-        keys = self.train.prompt_keys() if args.share_prompt else None
-        order = PairOrder(self.train.sizes, seed=args.seed, weights=self.weights, keys=keys)
-        together = needs_peers(self.losses)
-        train = stream(args, self.train, order, args.global_batch_size, self.model.vocab, together)
-        valid = full_pass(args, self.valid, self.model.vocab, together) if self.valid is not None else None
+        train = self.train_stream()
+        valid = full_pass(args, self.valid, self.model.vocab, needs_peers(self.losses)) if self.valid is not None else None
         self.hooks.train, self.hooks.valid = train, valid
         self._refuse_split_batches(train.plan)
         if not vp_stage:

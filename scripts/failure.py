@@ -20,6 +20,14 @@ ERROR = re.compile(r"^(?:\[rank\d+\]: )?([A-Za-z_][\w.]*(?:Error|Exception|Inter
 # torchrun's agent: "W1121 09:35:15.718000 28021 .../torch/distributed/elastic/...", srun's "srun: error: ..."
 AGENT = re.compile(r"^(?:\[rank\d+\]:)?[WEI]\d{4} \d\d:\d\d:\d\d\.\d+ \d+ .*torch/distributed/elastic|^srun: ")
 ROOT_CAUSE = re.compile(r"Root Cause \(first observed failure\):.*?rank +: (\d+).*?exitcode +: ([^\n]*)", re.DOTALL)
+HINTS = (
+    (
+        "RendezvousTimeoutError",
+        "not all nodes of the job met in time: can they reach the first one (its address and MASTER_PORT), and were all of them started? "
+        "TORCHRUN_FLAGS=--rdzv-conf=join_timeout=1200 waits longer",
+    ),
+)
+"""What an error of torchrun's own means for whoever started the job."""
 
 
 def before_summary(lines: Sequence[str]) -> list[str]:
@@ -59,7 +67,8 @@ def explain(text: str) -> list[str]:
         error = how_it_ended(cause[2].strip())
     rank = first if first is not None else cause[1] if cause is not None else None
     who = f"rank {rank}: " if rank is not None else ""
-    return [f"{who}{error or 'no error in the log'}", *own[-LAST:]]
+    hint = next((meaning for word, meaning in HINTS if word in text), None)
+    return [f"{who}{hint or error or 'no error in the log'}", *own[-LAST:]]
 
 
 def main(log: Path) -> None:

@@ -5,10 +5,12 @@
 #   sharded PER_NODE PYTHON WORDS...    a stage that knows --shard and --merge, spread
 #   supervise COMMAND...                COMMAND, with SIGTERM to this shell passed on to it
 #   refuse MESSAGE                      a user's error: one line, exit code 2
+#   in_image IMAGE                      from here on processes run in it, by pyxis or apptainer
 #   lies_in NAME PATH                   whether PATH is, or is below, what NAME names, a path or a glob
 # Environment: CONFIG (a file with more of these), DEVICE (auto, cuda or cpu: the one switch between GPUs and CPU), NPROC_PER_NODE
 # (default: the GPUs of a node that CUDA_VISIBLE_DEVICES leaves, else 1), MASTER_PORT, PRECISION (bf16 on GPUs, fp32 on the CPU),
-# TORCHRUN_FLAGS (more of its flags, e.g. --max-restarts=3).
+# TORCHRUN_FLAGS (more of its flags, e.g. --max-restarts=3). With --dry-run among the flags nothing is started, and NNODES and
+# GPU_MEMORY_GB (GiB; or DEVICE=cuda) plan for nodes and GPUs that need not be here.
 # The terminal shows lines that start with "[" (one a stage, a step or an error); everything goes to OUTPUT/logs/NAME.log.
 # SLURM does not hand --cpus-per-task on to srun; this file does, divided where a node has several tasks.
 # Exit code: 0 finished, 2 a user's error, 75 preempted (please requeue), 1 anything else.
@@ -58,7 +60,13 @@ case $DEVICE in
   cpu) GPUS=0 ;;
   *) refuse "DEVICE: '$DEVICE' is none of auto, cuda, cpu" ;;
 esac
-NNODES=${SLURM_NNODES:-1}
+NNODES=${SLURM_NNODES:-${NNODES:-1}} PLAN=0
+if [[ " $* " == *" --dry-run "* ]]; then
+  PLAN=1
+  [ "$DEVICE${GPU_MEMORY_GB:-}" = auto ] || [ "$DEVICE" = cpu ] || GPUS=${NPROC_PER_NODE:-$((GPUS > 0 ? GPUS : 8))}
+elif [ "$NNODES" -gt 1 ] && [ -z "${SLURM_JOB_ID:-}" ]; then
+  refuse "NNODES=$NNODES without SLURM is for --dry-run only: sbatch -N $NNODES"
+fi
 CPUS=$((${SLURM_CPUS_PER_TASK:-0} * ${SLURM_NTASKS_PER_NODE:-1})) # of a node, if SLURM was asked for a number
 [ "$CPUS" = 0 ] || export SRUN_CPUS_PER_TASK=$CPUS                    # of a step's only task there
 NPROC_PER_NODE=${NPROC_PER_NODE:-$((GPUS > 0 ? GPUS : 1))}
@@ -69,10 +77,30 @@ show() { "$PYTHON" "$ROOT/scripts/terminal.py"; }
 # After a failure that is no user's error: the first error of the first rank that failed, its last lines, the log's path.
 explain() { "$PYTHON" "$ROOT/scripts/failure.py" "$1"; }
 
+# How jobs run from here on: in an image (none: as they are), by pyxis where srun has it, else by apptainer, with the folders CONTAINER_MOUNTS (default: the repository and this folder) at their own places.
+SRUN_FLAGS=() PREFIX=()
+in_image() {
+  local mounts=${CONTAINER_MOUNTS:-$ROOT:$ROOT,$PWD:$PWD}
+  SRUN_FLAGS=() PREFIX=()
+  [ -n "$1" ] || return 0
+  if [ -n "${SLURM_JOB_ID:-}" ] && srun --help 2>&1 | grep -q -e --container-image; then
+    SRUN_FLAGS=("--container-image=$1" "--container-mounts=$mounts")
+  elif command -v apptainer >/dev/null; then
+    PREFIX=(apptainer exec --nv --bind "$mounts" "$1")
+  else
+    refuse "an image ($1) needs pyxis or apptainer, and neither is here"
+  fi
+}
+
+# One process on this node, in the image.
+alone() {
+  if [ "${#SRUN_FLAGS[@]}" = 0 ]; then "${PREFIX[@]}" "$@"; else srun --nodes=1 --ntasks=1 "${SRUN_FLAGS[@]}" "$@"; fi
+}
+
 # One line a user's error before anything is started. WORLD_SIZE is what the job will have; nothing talks to anybody yet.
 check() {
   local log=$1; shift
-  RANK=0 WORLD_SIZE=$((NNODES * NPROC_PER_NODE)) LOCAL_RANK=0 "$PYTHON" "$@" --check >"$log" 2>&1 && return 0
+  RANK=0 WORLD_SIZE=$((NNODES * NPROC_PER_NODE)) LOCAL_RANK=0 alone "$PYTHON" "$@" --check >"$log" 2>&1 && return 0
   local code=$?
   show <"$log"
   grep -q '^\[error\]' "$log" || explain "$log"
@@ -85,6 +113,17 @@ head_address() {
   scontrol show node "$head" --oneliner | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p' | grep . || echo "$head"
 }
 
+# A port for the nodes of this job to meet at, which nobody listens on here, on the first of them (MASTER_PORT is taken at its word).
+rendezvous_port() {
+  local port=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
+  while listens "$port"; do
+    [ -z "${MASTER_PORT:-}" ] || refuse "MASTER_PORT: somebody listens on port $port of $(hostname) already"
+    port=$((port + 1))
+  done
+  echo "$port"
+}
+listens() { grep -qsE "$(printf ':%04X [0F]+:0000 0A' "$1")" /proc/net/tcp /proc/net/tcp6; }
+
 # A command, and after it an end of whatever it left: a rank that is killed leaves the helper processes of its checkpoints, which hold its
 # memory and our pipe. They are known by a word in their environment.
 without_orphans() {
@@ -96,33 +135,19 @@ without_orphans() {
 }
 
 run_torch() {
-  local rendezvous=(--standalone) more
+  local rendezvous=(--standalone) more port
   read -ra more <<<"${TORCHRUN_FLAGS:-}" || true
   # Without this, ranks that --max-restarts starts again find the addresses of the dead ones in the store (torch 2.13).
   export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
   if [ "$NNODES" -gt 1 ]; then
-    rendezvous=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID"
-      --rdzv-endpoint "$(head_address):${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}")
-    (trap - USR1; exec srun --ntasks="$NNODES" --ntasks-per-node=1 --kill-on-bad-exit=1 "$ROOT/scripts/on_node.sh" \
-      "$PYTHON" -m torch.distributed.run "${rendezvous[@]}" "${more[@]}" --nproc-per-node "$NPROC_PER_NODE" "$@")
-  else
-    without_orphans "$PYTHON" -m torch.distributed.run "${rendezvous[@]}" "${more[@]}" --nproc-per-node "$NPROC_PER_NODE" "$@"
+    port=$(rendezvous_port) || return 2
+    rendezvous=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$(head_address):$port")
   fi
-}
-
-# How `spread` runs its command from here on: in the image IMAGE (none: as it is), by pyxis where srun has it, else by apptainer, with the
-# folders CONTAINER_MOUNTS (default: the repository and this folder) at their own places.
-SRUN_FLAGS=() PREFIX=()
-in_image() {
-  local mounts=${CONTAINER_MOUNTS:-$ROOT:$ROOT,$PWD:$PWD}
-  SRUN_FLAGS=() PREFIX=()
-  [ -n "$1" ] || return 0
-  if [ -n "${SLURM_JOB_ID:-}" ] && srun --help 2>&1 | grep -q -e --container-image; then
-    SRUN_FLAGS=("--container-image=$1" "--container-mounts=$mounts")
-  elif command -v apptainer >/dev/null; then
-    PREFIX=(apptainer exec --nv --bind "$mounts" "$1")
+  set -- "${PREFIX[@]}" "$PYTHON" -m torch.distributed.run "${rendezvous[@]}" "${more[@]}" --nproc-per-node "$NPROC_PER_NODE" "$@"
+  if [ "$NNODES" = 1 ] && [ "${#SRUN_FLAGS[@]}" = 0 ]; then
+    without_orphans "$@"
   else
-    refuse "an image ($1) needs pyxis or apptainer, and neither is here"
+    (trap - USR1; exec srun --ntasks="$NNODES" --ntasks-per-node=1 --kill-on-bad-exit=1 "${SRUN_FLAGS[@]}" "$ROOT/scripts/on_node.sh" "$@")
   fi
 }
 
@@ -179,6 +204,11 @@ launch() {
   [[ $entry == *.py ]] || run=(-m "$entry")
   [ "$DEVICE" = auto ] || flags=(--device "$DEVICE" "${flags[@]}")
   [ "$PRECISION" = fp32 ] || flags+=("--$PRECISION")
+  if [ "$PLAN" = 1 ]; then
+    [ -z "${GPU_MEMORY_GB:-}" ] || flags+=(--gpu-memory-gb "$GPU_MEMORY_GB")
+    RANK=0 WORLD_SIZE=$((NNODES * NPROC_PER_NODE)) LOCAL_RANK=0 alone "$PYTHON" "${run[@]}" "${flags[@]}" 2>&1 | show
+    return
+  fi
   mkdir -p "$output/logs"
   check "$log" "${run[@]}" "${flags[@]}" || return $?
   # USR1 reaches the workers, which torchrun starts in sessions of their own: Megatron saves at the next step. torchrun must not die of

@@ -2,18 +2,24 @@
 
     python scripts/show_run.py outputs/math
     python scripts/show_run.py outputs/math outputs/dpo --png curves.png --metrics loss rewards/margins eval_loss
+    python scripts/show_run.py outputs/math outputs/dpo --html runs.html        # facts and curves as one page
 """
 
 import argparse
+import base64
+import io
 import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from megatron_patch.checkpoint import saved
 from megatron_patch.run_record import starts
+from toolkits.lpo_data_preprocessing.html_page import document, safe
+from toolkits.lpo_data_preprocessing.html_page import facts as html_facts
 
+_STYLE = "img { width: 100%; background: #fff; border-radius: 8px; }\n"
 METRICS = ("loss", "rewards/accuracies", "rewards/margins", "lpo/chosen_logratio", "grad_norm", "eval_loss")
 
 
@@ -50,8 +56,8 @@ def facts(save: Path) -> Iterator[tuple[str, str]]:
             yield name, f"{values[0][1]:.6g} at step {values[0][0]}, {values[-1][1]:.6g} at step {values[-1][0]}"
 
 
-def draw(runs: Sequence[Path], metrics: Sequence[str], path: Path) -> None:
-    """One panel a metric, one curve a run. ValueError for a metric that no run has."""
+def draw(runs: Sequence[Path], metrics: Sequence[str], to: Path | BinaryIO, kind: str = "png") -> None:
+    """One panel a metric, one curve a run; ``kind``: png or svg. ValueError for a metric that no run has."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -70,13 +76,25 @@ def draw(runs: Sequence[Path], metrics: Sequence[str], path: Path) -> None:
             points = [(row["iteration"], row[name]) for row in rows[run] if row.get(name) is not None]
             panel.plot(*zip(*points, strict=True) if points else ((), ()), label=run.name, lw=1.2, marker="." if len(points) < 30 else None)
         panel.set(title=name, xlabel="step")
+        panel.xaxis.get_major_locator().set_params(integer=True)
         panel.grid(alpha=0.3)
     for panel in list(panels.flat)[len(metrics) :]:
         panel.remove()
     if len(runs) > 1:
         handles, labels = panels.flat[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(runs)), frameon=False)
-    figure.savefig(path, dpi=120)
+    figure.savefig(to, dpi=120, format=kind)
+    pyplot.close(figure)
+
+
+def report(runs: Sequence[Path], metrics: Sequence[str]) -> str:
+    """One page: what each run was, and the curves of all of them."""
+    picture = io.BytesIO()
+    draw(runs, metrics, picture, "svg")
+    curves = base64.b64encode(picture.getvalue()).decode()
+    body = f'<h1>{safe(", ".join(run.name for run in runs))}</h1>\n<img alt="curves" src="data:image/svg+xml;base64,{curves}">\n'
+    body += "".join(f"<h2>{safe(str(run))}</h2>\n{html_facts(dict(facts(run)))}\n" for run in runs)
+    return document(", ".join(run.name for run in runs), body, style=_STYLE, pictures=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -84,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="DIR", help="folders that were given as --save (or OUTPUT)")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw curves")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page that needs no other file")
     parser.add_argument("--metrics", nargs="+", metavar="NAME", help=f"which (default: those of {', '.join(METRICS)} that are there)")
     args = parser.parse_args(argv)
     try:
@@ -91,10 +110,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{run}")
             for name, value in facts(run):
                 print(f"  {name:20} {value}")
+        there = {name for run in args.runs for row in read_rows(run) for name in row}
+        metrics = args.metrics or [name for name in METRICS if name in there]
         if args.png:
-            there = {name for run in args.runs for row in read_rows(run) for name in row}
-            draw(args.runs, args.metrics or [name for name in METRICS if name in there], args.png)
+            draw(args.runs, metrics, args.png)
             print(f"curves: {args.png}")
+        if args.html:
+            args.html.write_text(report(args.runs, metrics), encoding="utf-8")
+            print(f"report: {args.html}")
     except ValueError as error:
         print(f"[error] {error}", file=sys.stderr)
         return 2

@@ -5,7 +5,9 @@
 # Every argument is a flag of train_qwen.py (ours: --help, losses: --help-losses, and all of Megatron's); later flags win over the
 # preset. Choices by environment:
 #   PRESET  general | math | tts | asr | dpo | sft, or a file of flags     OUTPUT  folder for checkpoints, logs and the exported model
-#   TP, PP  tensor- and pipeline-parallel sizes                            NPROC_PER_NODE, PRECISION: see scripts/launch.sh
+#   TP, PP  tensor- and pipeline-parallel sizes                            NPROC_PER_NODE, PRECISION, ...: see scripts/launch.sh
+#   CONTAINER  an image to run in, by pyxis or apptainer (PYTHON: the one in it)
+# With --dry-run nothing is started: layout, steps and memory of a job on NNODES nodes with GPU_MEMORY_GB a GPU, or what would fit there.
 #SBATCH --job-name=xpo
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -29,8 +31,9 @@ PP=${PP:-1}
 [ -f "$PRESET" ] || PRESET=$ROOT/examples/qwen2_5/presets/$PRESET.args
 
 # A requeued or repeated job goes on from the checkpoints that it finds there.
-flags=(--tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" --save "$OUTPUT" --load "$OUTPUT" --save-hf "$OUTPUT/hf")
+flags=(--tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" --save "$OUTPUT" --load "$OUTPUT" --export-hf "$OUTPUT/hf")
 [ "$TP" -gt 1 ] && flags+=(--sequence-parallel)
 [ "$GPUS" -gt 0 ] && flags+=(--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather)
 
+in_image "${CONTAINER:-}"
 launch train "$OUTPUT" examples/qwen2_5/train_qwen.py "@$PRESET" "${flags[@]}" "$@"

@@ -9,6 +9,7 @@ receive. Export writes into a folder beside the target and renames it at the end
 """
 
 import math
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -66,7 +67,15 @@ class OwnedParameter(NamedTuple):
     layer: int | None  # counted from 0 over the whole model; None outside layers
 
 
-def load_hf_weights(model_chunks: Sequence[nn.Module], hf_path: str | Path) -> None:
+class ImportCost(NamedTuple):
+    """What filling the model took on this rank: seconds reading and copying, seconds of the broadcasts, bytes of its parameters."""
+
+    read: float
+    sent: float
+    size: int
+
+
+def load_hf_weights(model_chunks: Sequence[nn.Module], hf_path: str | Path) -> ImportCost:
     """Fill a Megatron model with a Hugging Face checkpoint, in place; a collective over all ranks.
 
     Works for any TP x PP x virtual PP x CP x DP, with either layer spec, wrapped or not. Both copies of a tied embedding are filled.
@@ -87,12 +96,19 @@ def load_hf_weights(model_chunks: Sequence[nn.Module], hf_path: str | Path) -> N
     _refuse_different_tied_output(shape, stored)
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     plans = [(owned.parameter, _shard_of(owned, shape, tp_rank, tp_size)) for owned in _parameters(model_chunks)]
+    started, reading = time.perf_counter(), 0.0
     with SliceReader(stored) as read:
         for parameter, plan in plans:
             if group.rank() == 0:
+                before = time.perf_counter()
                 fill_shard(parameter.data, plan, read)
+                reading += time.perf_counter() - before
             if group.size() > 1:
                 torch.distributed.broadcast(parameter.data, group=group, group_src=0)
+    if any(parameter.is_cuda for parameter, _ in plans):
+        torch.cuda.synchronize()
+    size = sum(parameter.numel() * parameter.element_size() for parameter, _ in plans)
+    return ImportCost(reading, time.perf_counter() - started - reading, size)
 
 
 def save_hf_weights(

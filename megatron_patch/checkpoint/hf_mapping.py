@@ -110,21 +110,28 @@ class Shard:
     pieces: tuple[Piece, ...]
 
 
+def misfit(shape: ModelShape, tp_size: int) -> str | None:
+    """What a model cannot be cut by at this tensor-parallel size, if anything."""
+    if shape.heads % tp_size:
+        return f"does not divide the model's {shape.heads} attention heads"
+    if shape.ffn % tp_size:
+        return f"does not divide the model's feed-forward size {shape.ffn}"
+    if shape.kv_groups % tp_size and tp_size % shape.kv_groups:
+        return f"neither divides nor is a multiple of the model's {shape.kv_groups} KV groups"
+    rows = (shape.heads + 2 * shape.kv_groups) * shape.head_dim
+    return f"does not divide the model's {rows} rows of fused query, key and value" if rows % tp_size else None
+
+
 def check_layout(shape: ModelShape, tp_size: int) -> None:
     """Refuse a tensor-parallel size that the model cannot be cut into.
 
     Raises:
-        ValueError: naming the size and what it does not divide.
+        ValueError: naming the size, what it does not divide, and the sizes that do.
     """
-    if shape.heads % tp_size:
-        raise ValueError(f"tensor-parallel size {tp_size} does not divide the model's {shape.heads} attention heads")
-    if shape.ffn % tp_size:
-        raise ValueError(f"tensor-parallel size {tp_size} does not divide the model's feed-forward size {shape.ffn}")
-    if shape.kv_groups % tp_size and tp_size % shape.kv_groups:
-        raise ValueError(f"tensor-parallel size {tp_size} neither divides nor is a multiple of the model's {shape.kv_groups} KV groups")
-    rows = (shape.heads + 2 * shape.kv_groups) * shape.head_dim
-    if rows % tp_size:
-        raise ValueError(f"tensor-parallel size {tp_size} does not divide the model's {rows} rows of fused query, key and value")
+    why = misfit(shape, tp_size)
+    if why is not None:
+        fit = ", ".join(str(size) for size in range(1, shape.heads + 1) if misfit(shape, size) is None)
+        raise ValueError(f"tensor-parallel size {tp_size} {why}; sizes that fit: {fit}")
 
 
 def find_row(megatron_name: str) -> tuple[Row, int | None]:

@@ -15,6 +15,7 @@ from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from megatron_patch.checkpoint.foreign_code import foreign_code
 from megatron_patch.data.atomic_files import atomic_path, read_json, sha256_file
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -69,7 +70,9 @@ def damage(checkpoint: Path) -> str | None:
     with ThreadPoolExecutor(_THREADS) as pool:
         found = dict(zip(recorded, pool.map(lambda name: _hash_of(checkpoint / name), recorded), strict=True))
     wrong = [f"{name} is {'missing' if now is None else 'damaged'}" for name, now in found.items() if now != recorded[name]]
-    return ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "") if wrong else None
+    if not wrong:
+        return foreign_code(checkpoint)
+    return ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
 
 
 def _hash_of(file: Path) -> str | None:

@@ -36,22 +36,36 @@ Pair = tuple[np.ndarray, ...]  # prompt, chosen and rejected token ids
 
 
 def transformers_logps(hf_path: str | Path, pairs: Sequence[Pair]) -> np.ndarray:
-    """float64 [pairs, 2] sums in nats of the chosen and the rejected response, float32 on the CPU.
+    """float64 [pairs, 2] sums in nats of the chosen and the rejected response.
 
     Args:
         pairs: (prompt, chosen, rejected) token ids.
     """
+    return sequence_logps(hf_path, [[_behind(prompt, response) for response in responses] for prompt, *responses in pairs])
+
+
+def _behind(prompt: np.ndarray, response: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return np.concatenate([prompt, response]), np.arange(len(prompt) + len(response)) >= len(prompt)
+
+
+def sequence_logps(hf_path: str | Path, samples: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]]) -> np.ndarray:
+    """float64 [samples, sequences] sums in nats of each sequence's scored tokens, float32 on the CPU.
+
+    Args:
+        samples: as many sequences each: (token ids, which of them are scored; never the first).
+    """
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(hf_path, dtype=torch.float32, local_files_only=True).eval()
-    sums = np.zeros((len(pairs), 2))
-    for row, (prompt, *responses) in enumerate(pairs):
-        for column, response in enumerate(responses):
-            ids = torch.tensor([[*prompt.tolist(), *response.tolist()]])
+    model = AutoModelForCausalLM.from_pretrained(
+        hf_path, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True
+    ).eval()
+    sums = np.zeros((len(samples), len(samples[0])))
+    for row, sequences in enumerate(samples):
+        for column, (ids, scored) in enumerate(sequences):
             with torch.no_grad():
-                logps = model(input_ids=ids).logits[0].double().log_softmax(-1)
-            for offset, token in enumerate(response.tolist()):
-                sums[row, column] += float(logps[len(prompt) + offset - 1, token])
+                logps = model(input_ids=torch.tensor(ids.tolist()).unsqueeze(0)).logits[0].double().log_softmax(-1)
+            where = np.flatnonzero(scored)
+            sums[row, column] = float(logps[where - 1, ids[where].astype(np.int64)].sum())
     return sums
 
 

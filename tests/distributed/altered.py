@@ -17,17 +17,23 @@ NAN_PAIR = "p007"
 
 
 def unsaved() -> None:
-    """No checkpoints: half of a short run's time goes into writing them."""
+    """No checkpoints, and no check of the export: half of a short run's time goes into writing them."""
     from megatron.training import training
 
+    from megatron_patch import run
+
+    run.check_export = lambda *_: None
     training.save_checkpoint = lambda *args, **kwargs: None
 
 
 def recorded() -> None:
-    """Append {"step", "names"} of every micro-batch that a rank feeds to its model to ``$BATCH_LOG.<rank>``."""
+    """Append {"step", "names"} of every micro-batch that a rank feeds to its model to ``$BATCH_LOG.<rank>``; the export is not checked."""
     from megatron.training import get_args
 
+    from megatron_patch import run
     from megatron_patch.forward_step import ForwardStep
+
+    run.check_export = lambda *_: None
 
     original = ForwardStep.__call__
     path = f"{os.environ['BATCH_LOG']}.{os.environ['RANK']}"
@@ -44,8 +50,11 @@ def recorded() -> None:
 
 
 def recorded_stores() -> None:
-    """Append {"stores"}, the prefixes that the samples of a micro-batch came from, to ``$BATCH_LOG.<rank>``."""
+    """Append {"stores"}, the prefixes that the samples of a micro-batch came from, to ``$BATCH_LOG.<rank>``; the export is not checked."""
+    from megatron_patch import run
     from megatron_patch.forward_step import ForwardStep
+
+    run.check_export = lambda *_: None
 
     original = ForwardStep.__call__
     path = f"{os.environ['BATCH_LOG']}.{os.environ['RANK']}"
@@ -89,7 +98,7 @@ def nan_response() -> None:
 
 
 def exported_gradients() -> None:
-    """``--save-hf`` gets the gradients of the last step instead of the weights: whole tensors under one name each, at any layout."""
+    """``--export-hf`` gets the gradients of the last step instead of the weights: whole tensors under one name each, at any layout."""
     from megatron_patch.run import TrainingRun
 
     original = TrainingRun.export
@@ -103,7 +112,19 @@ def exported_gradients() -> None:
     TrainingRun.export = export
 
 
-_ALL = (unsaved, recorded, recorded_stores, shifted_mask, nan_response, exported_gradients)
+def wrong_export() -> None:
+    """One tensor is not written as it is: the query biases of the first layer are zero."""
+    from megatron_patch.checkpoint import hf_io
+
+    original = hf_io.merge_shards
+
+    def merge_shards(*args: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        return ((name, tensor.zero_() if "layers.0.self_attn.q_proj.bias" in name else tensor) for name, tensor in original(*args))
+
+    hf_io.merge_shards = merge_shards
+
+
+_ALL = (unsaved, recorded, recorded_stores, shifted_mask, nan_response, exported_gradients, wrong_export)
 ALTERATIONS = {alteration.__name__: alteration for alteration in _ALL}
 
 if __name__ == "__main__":

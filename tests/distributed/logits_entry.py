@@ -43,17 +43,20 @@ def main(out: str) -> None:
     """Run all pairs of the store through the model."""
     from megatron.core import parallel_state
 
+    from megatron_patch.built_model import built_model
+    from megatron_patch.scoring import Scorer
+    from megatron_patch.streams import full_pass, sample_set
+
     args = parse_arguments("cpu", reference_logps._add_flags)
-    reference = reference_logps.ReferencePass(args)
-    samples, _ = reference.run.sample_set(args, args.pair_data, with_reference=False)
+    scorer = Scorer(args, built_model(args))
+    samples, _ = sample_set(args, args.pair_data, with_reference=False)
     found: list[tuple[torch.Tensor, torch.Tensor]] = []
-    reference.forward_step = logits_step(reference.vocab, found)
-    stream = reference.run.full_pass(args, samples, reference.vocab)
+    stream = full_pass(args, samples, args.vocab_size)
     slots = stream.plan.split(np.arange(len(samples)))
     data = (stream.batch(slot) for slot in slots)
     with torch.no_grad():
-        reference.schedule(
-            forward_step_func=reference.forward_step, data_iterator=data, model=reference.model, num_microbatches=len(slots),
+        scorer.schedule(
+            forward_step_func=logits_step(args.vocab_size, found), data_iterator=data, model=scorer.chunks, num_microbatches=len(slots),
             seq_length=args.seq_length, micro_batch_size=1, forward_only=True, collect_non_loss_data=True,
         )  # fmt: skip
     if found and parallel_state.get_tensor_model_parallel_rank() == 0:

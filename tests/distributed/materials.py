@@ -33,6 +33,7 @@ LAYOUTS: dict[str, tuple[int, tuple[object, ...]]] = {  # name -> (processes, fl
     "tp2-sp": (2, (*_TP2, "--sequence-parallel")),
     "pp2": (2, _PP2),
     "vpp2": (2, (*_PP2, "--num-virtual-stages-per-pipeline-rank", 2)),
+    "pp4": (4, ("--pipeline-model-parallel-size", 4)),
     "pp4 small micro-batches": (4, ("--pipeline-model-parallel-size", 4, "--max-tokens-per-micro-batch", 90)),
     "dp2": (2, ()),
     "dp2 small micro-batches": (2, ("--max-tokens-per-micro-batch", 90)),
@@ -70,14 +71,14 @@ LAYOUTS: dict[str, tuple[int, tuple[object, ...]]] = {  # name -> (processes, fl
 }  # fmt: skip
 
 
-def make_model(folder: Path, *, tied: bool, seed: int) -> Path:
+def make_model(folder: Path, *, tied: bool, seed: int, hidden: int = 64) -> Path:
     """A random 4-layer Qwen2 checkpoint with grouped-query attention, biases and norms that matter."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(seed)
     config = Qwen2Config(
-        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=512, rope_theta=1e6, tie_word_embeddings=tied, rms_norm_eps=1e-6,
+        vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=hidden * 3 // 2, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, rope_theta=1e6, tie_word_embeddings=tied, rms_norm_eps=1e-6,
     )  # fmt: skip
     model = Qwen2ForCausalLM(config)
     with torch.no_grad():
@@ -218,5 +219,5 @@ class Bench:
 
     def attempt(self, layout: str, save: Path, data: Path, *flags: object, model: str = "tied", alter: str = "unsaved") -> harness.Run:
         """A run that may fail; exports to ``<save>/hf``; ``recorded`` (see altered.py) writes to ``<save>.batches.<rank>``."""
-        argv = [*self.flags(data, *flags, model=model), "--save", save, "--save-hf", save / "hf"]
+        argv = [*self.flags(data, *flags, model=model), "--save", save, "--export-hf", save / "hf"]
         return self.launch(layout, harness.TRAIN, argv, Path(f"{save}.log"), alter, BATCH_LOG=f"{save}.batches")

@@ -55,7 +55,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(ranks: int, save: Path, *argv: object) -> list[dict]:
     """The rows of four steps, all finite; exports to `<save>/hf`."""
-    run = harness.train(ranks, save, [*argv, "--save-hf", save / "hf", "--seq-length", 128, "--global-batch-size", 8, "--train-iters", 4])
+    run = harness.train(ranks, save, [*argv, "--export-hf", save / "hf", "--seq-length", 128, "--global-batch-size", 8, "--train-iters", 4])
     assert run.ok, run.output[-4000:]
     rows = harness.metrics(save)
     assert len(rows) == 4 and all(math.isfinite(row[name]) for row in rows for name in ("loss", "grad_norm"))

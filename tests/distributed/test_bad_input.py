@@ -200,7 +200,7 @@ def test_mistake_is_one_line(bench: Bench, entry: Path, mistake: Callable[[Bench
     made = mistake(bench)
     save = bench.folder("refused")
     data = bench.reference() if entry == TRAIN else copy_store(bench.pairs, bench.folder("to-score"))
-    argv = [*bench.flags(data), "--save", save, "--save-hf", save / "hf"] if entry == TRAIN else bench.reference_flags("tied", data)
+    argv = [*bench.flags(data), "--save", save, "--export-hf", save / "hf"] if entry == TRAIN else bench.reference_flags("tied", data)
     before = sorted(data.parent.iterdir())
     run = harness.launch(ranks, entry, [*argv, *made.flags], Path(f"{save}.log"), {"LPO_TRACEBACK": ""})
     assert_one_line(run, made.says)
@@ -223,9 +223,9 @@ def test_finetune_with_missing_weights(bench: Bench) -> None:
 
 
 def test_export_never_overwrites(bench: Bench) -> None:
-    """A --save-hf folder that holds something is refused before training, not after it."""
+    """A --export-hf folder that holds something is refused before training, not after it."""
     save, taken = bench.folder("refused"), bench.models["other"]
-    flags = [*bench.flags(bench.reference(), "--train-iters", 1), "--save", save, "--save-hf", taken]
+    flags = [*bench.flags(bench.reference(), "--train-iters", 1), "--save", save, "--export-hf", taken]
     run = harness.launch(2, TRAIN, flags, Path(f"{save}.log"), {"LPO_TRACEBACK": ""})
     assert_one_line(run, (str(taken), "not overwritten"))
     assert not (save / "metrics.jsonl").exists()

@@ -2,6 +2,8 @@
 
 import json
 import re
+import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +56,45 @@ def test_tensorboard_has_what_the_file_has(evaluated: tuple[Path, str]) -> None:
         assert written == pytest.approx({row["iteration"]: row[name] for row in harness.metrics(save)}, rel=1e-6), name
     shown = {event.step: event.value for event in events.Scalars("eval_loss")}
     assert shown == pytest.approx({row["iteration"]: row["eval_loss"] for row in rows(save) if "eval_loss" in row}, rel=1e-6)
+
+
+def wandb_records(content: bytes) -> Iterator[bytes]:
+    """The messages of a ``.wandb`` file: a header of 7 bytes, then LevelDB's log format (blocks of 32 KiB; checksum, length, type)."""
+    place, parts = 7, b""
+    while place + 7 <= len(content):
+        if 32768 - place % 32768 < 7:
+            place += 32768 - place % 32768
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, place)
+        parts += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield parts
+            parts = b""
+
+
+@pytest.mark.ci
+def test_weights_and_biases_has_what_the_file_has(bench: Bench) -> None:
+    """Offline: the run's own file."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    save = bench.folder("wandb")
+    flags = ("--train-iters", 2, "--wandb-project", "preferences")
+    argv = [*bench.flags(bench.reference(), *flags), "--save", save]
+    run = bench.launch("one", harness.TRAIN, argv, Path(f"{save}.log"), WANDB_MODE="offline", WANDB_SILENT="true")
+    assert run.ok, run.output[-4000:]
+    (file,) = save.glob("wandb/wandb/offline-run-*/*.wandb")
+    history, names = dict[int, dict[str, float]](), set[str]()
+    for record in map(Record.FromString, wandb_records(file.read_bytes())):
+        if record.HasField("run"):
+            names |= {record.run.project, record.run.display_name}
+        if record.HasField("history"):
+            values = {item.key or item.nested_key[-1]: json.loads(item.value_json) for item in record.history.item}
+            history.setdefault(int(values["_step"]), {}).update(values)
+    assert names >= {"preferences", save.name}
+    for row in harness.metrics(save):
+        for name in ("loss", "rewards/margins", "pairs_per_second", "tflops_per_device", "padding_fraction"):
+            assert history[row["iteration"]][name] == pytest.approx(row[name], rel=1e-6), name
 
 
 def test_evaluation_sees_every_pair_once_each_time(bench: Bench) -> None:

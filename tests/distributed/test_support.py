@@ -97,7 +97,7 @@ def test_what_is_refused_says_so(bench: Bench, pair: frozenset[str]) -> None:
     """The others that are refused with Transformer Engine are refused for it alone, by the same line."""
     flags, says = REFUSED[pair]
     data, save = bench.reference(), bench.folder("refused")
-    argv = [*bench.flags(data), "--save", save, "--save-hf", save / "hf", *flags]
+    argv = [*bench.flags(data), "--save", save, "--export-hf", save / "hf", *flags]
     run = harness.launch(2 if "CP" in pair else 1, harness.TRAIN, argv, save.with_suffix(".log"), {"LPO_TRACEBACK": ""})
     assert_one_line(run, says)
     assert not save.exists() or not list(save.rglob("*.safetensors"))

@@ -3,7 +3,10 @@
 The judge is a run that nothing happened to: losses and gradient norms of every step, and every exported tensor.
 """
 
+import dataclasses
+import io
 import os
+import pickle
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -77,6 +80,51 @@ def test_damaged_newest_checkpoint(bench: Bench, uninterrupted: Path, harm: Call
     assert "iter_0000006 cannot be used" in run.output and f"going on from {saved.folder_of(save, 3)}" in run.output
 
 
+class Payload:
+    """Pickled, it asks for a file to be made when it is loaded."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.system, (f"touch {self.canary}",)
+
+
+def into_the_index(folder: Path, payload: Payload) -> None:
+    (folder / ".metadata").write_bytes(pickle.dumps(payload))
+
+
+def into_an_object(folder: Path, payload: Payload) -> None:
+    """In place of every small object that lies among the tensors."""
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+    index = FileSystemReader(folder).read_metadata()
+    written = io.BytesIO()
+    torch.save(payload, written)
+    for key, place in index.storage_data.items():
+        if isinstance(index.state_dict_metadata[key.fqn], BytesStorageMetadata):
+            file = folder / place.relative_path
+            index.storage_data[key] = dataclasses.replace(place, offset=file.stat().st_size, length=len(written.getvalue()))
+            file.write_bytes(file.read_bytes() + written.getvalue())
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+
+
+@pytest.mark.parametrize("put", [into_the_index, into_an_object])
+def test_code_in_a_checkpoint_does_not_run(bench: Bench, uninterrupted: Path, put: Callable[[Path, Payload], None]) -> None:
+    """Its checksums are right: whoever wrote the code wrote those too."""
+    save = killed_after(bench, uninterrupted, 6)
+    canary = save / "canary"
+    put(saved.folder_of(save, 6), Payload(canary))
+    saved.write_manifest(saved.folder_of(save, 6))
+    run = resume(bench, save)
+    assert not canary.exists()
+    if put is into_the_index:
+        assert run.ok and "it names posix.system" in run.output and (save / "iter_0000006.damaged").is_dir()
+    else:
+        assert not run.ok and "Weights only load failed" in run.output
+
+
 def test_empty_tracker(bench: Bench, uninterrupted: Path) -> None:
     """Upstream would leave with exit code 0, having trained nothing."""
     save = killed_after(bench, uninterrupted, 6)
@@ -148,6 +196,27 @@ def test_a_finished_run_started_again_leaves_its_checkpoints(bench: Bench, unint
     assert run.ok, run.output[-4000:]
     assert_same_end(save, uninterrupted)
     assert {file: file.stat().st_mtime_ns for file in saved.folder_of(save, 10).iterdir()} == before
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("layout", [pytest.param("one", marks=pytest.mark.full), "dp2-do"])
+def test_asynchronous_saves_overlap_with_steps(bench: Bench, layout: str) -> None:
+    """A step ends while the save before it is in flight; what is saved is whole, and a run that was killed goes on from it as from any."""
+    judge = bench.train(layout, bench.reference(), *SAVES, alter="recorded")
+    flags = (*SAVES, "--async-save", "--use-persistent-ckpt-worker", "--async-strategy", "mcore")
+    save = bench.folder(f"async-{layout}")
+    run = bench.attempt(layout, save, bench.reference(), *flags, alter="")
+    assert run.ok, run.output[-4000:]
+    assert_same_end(save, judge)
+    for step in (3, 6, 9, 10):
+        assert saved.damage(saved.folder_of(save, step)) is None
+        done = run.output.index(f"successfully saved checkpoint from iteration {step:7d}")
+        if step in (3, 6):
+            assert run.output.index(f"[xpo] step {step + 1}/10 ") < done, "the run waited for the save"
+    later = killed_after(bench, save, 6)
+    run = bench.attempt(layout, later, bench.reference(), *flags, "--load", later, alter="")
+    assert run.ok, run.output[-4000:]
+    assert_same_end(later, judge)
 
 
 def test_newest_checkpoints_are_kept(bench: Bench) -> None:

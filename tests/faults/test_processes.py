@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -142,3 +143,14 @@ def test_torchrun_starts_the_ranks_again(bench: Bench, undisturbed: Path) -> Non
     shown, errors = job.communicate(timeout=300)
     assert job.returncode == 0, shown + errors
     assert [row["loss"] for row in harness.metrics(output)] == [row["loss"] for row in harness.metrics(undisturbed)]
+
+
+def test_a_node_that_never_comes(tmp_path: Path) -> None:
+    """torchrun's own error, and what the terminal makes of it."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d"]
+    command += ["--rdzv-id", "7", "--rdzv-endpoint", "localhost:0", "--rdzv-conf", "join_timeout=3", str(harness.TRAIN)]
+    log = tmp_path / "train.log"
+    with log.open("w") as file:
+        assert subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, timeout=120, cwd=harness.ROOT).returncode
+    told = subprocess.run([sys.executable, "scripts/failure.py", log], capture_output=True, text=True, cwd=harness.ROOT).stderr
+    assert told.startswith("[failed] not all nodes of the job met in time: can they reach the first one")

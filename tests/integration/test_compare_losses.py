@@ -96,6 +96,7 @@ def test_a_second_call_trains_nothing(work: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in (work / "out/runs").rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.full
 def test_a_failure_is_shown_and_the_rest_kept(work: Path) -> None:
     """A loss that does not exist, on pairs that are made for it first."""
     done = compare(work, FILE.format(materials=work / "materials") + SECOND.format(name="wrong", loss="lpo-stem"))

@@ -153,7 +153,7 @@ def runs_torch(job: subprocess.Popen[str]) -> bool:
     return False
 
 
-@pytest.mark.parametrize("stage", ["candidates", "reference_logps"])
+@pytest.mark.parametrize("stage", ["candidates", pytest.param("reference_logps", marks=pytest.mark.full)])
 def test_preempted_it_goes_on(work: Path, plain: Path, tmp_path: Path, stage: str) -> None:
     """SIGTERM to the shell: the stage ends, the job says 75, and the same command makes the same bytes."""
     output = tmp_path / "out"

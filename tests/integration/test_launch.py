@@ -1,6 +1,7 @@
 """The run script as a user starts it: exit codes, what the terminal shows, and a run that is asked to stop and goes on later."""
 
 import json
+import re
 import signal
 import subprocess
 from pathlib import Path
@@ -54,4 +55,6 @@ def test_usr1_saves_and_the_same_command_goes_on(work: Path) -> None:
     assert [row["iteration"] for row in rows] == list(range(1, last + 1))
     assert json.loads((work / "run/run_state.json").read_text()) == {"state": "finished", "iteration": last}
     assert (work / "run/hf/model.safetensors").exists()
-    assert shown.splitlines()[-1] == f"[finetune] Hugging Face checkpoint: {work}/run/hf"
+    *_, exported, compared = shown.splitlines()
+    assert exported == f"[finetune] Hugging Face checkpoint: {work}/run/hf"
+    assert re.fullmatch(r"\[finetune\] parity with transformers: \S+ nats per token on 8 samples of the export", compared)

@@ -27,23 +27,24 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(work: Path) -> list[str]:
+def command(work: Path, steps: int = STEPS) -> list[str]:
     """Of every job here; a checkpoint every ten steps."""
-    return jobs.command(work / "model", work / "sft", "--train-iters", STEPS, "--lr-warmup-iters", 1, "--save-interval", 10)
+    return jobs.command(work / "model", work / "sft", "--train-iters", steps, "--lr-warmup-iters", 1, "--save-interval", 10)
 
 
 class Job:
     """TP 2 x PP 2, two processes on each node."""
 
-    def __init__(self, work: Path, output: Path, slurm: dict[str, str]) -> None:
+    def __init__(self, work: Path, output: Path, slurm: dict[str, str], *options: str, steps: int = STEPS) -> None:
         self.output = output
         self.environment = jobs.environment(output, **slurm, NPROC_PER_NODE="2", TP="2", PP="2")
         output.mkdir()
-        self.submit(work)
+        self.submit(work, *options, steps=steps)
 
-    def submit(self, work: Path) -> None:
+    def submit(self, work: Path, *options: str, steps: int = STEPS) -> None:
         """Into the queue."""
-        self.id = self("sbatch", "--parsable", "-N", "2", f"--output={self.output}/slurm.out", *command(work)).strip()
+        options = ("-N", "2", f"--output={self.output}/slurm.out", *options)
+        self.id = self("sbatch", "--parsable", *options, *command(work, steps)).strip()
 
     def __call__(self, program: str, *words: str) -> str:
         done = subprocess.run([program, *words], env=self.environment, capture_output=True, text=True, timeout=60)
@@ -97,6 +98,19 @@ def test_warned_of_the_time_limit(work: Path, slurm: dict[str, str], tmp_path: P
     first = saved.tracked_step(job.output)
     assert first is not None and 13 <= first < STEPS
     job.assert_same_end(work)
+
+
+def test_the_time_limit_itself(work: Path, slurm: dict[str, str], tmp_path: Path) -> None:
+    """SLURM's own warning, 30 seconds or more before two minutes are over: no node is held to the end, and no step is lost."""
+    job = Job(work, tmp_path / "out", slurm, "--time=2", "--signal=B:USR1@30", steps=100_000)
+    job.wait(lambda: job.facts()["Restarts"] == "1", seconds=180)
+    first = saved.tracked_step(job.output)
+    assert first is not None and first > 10
+    job.wait(lambda: job.step() >= first + 5)
+    job("scancel", job.id)
+    job.wait(lambda: job.facts()["JobState"] == "CANCELLED")
+    assert [row["iteration"] for row in harness.metrics(job.output)][: first + 5] == list(range(1, first + 6))
+    assert "DUE TO TIME LIMIT" not in job.shown()
 
 
 def test_a_node_fails(work: Path, slurm: dict[str, str], tmp_path: Path) -> None:

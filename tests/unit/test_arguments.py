@@ -23,7 +23,7 @@ PRESETS = sorted((ROOT / "examples/qwen2_5/presets").glob("*.args"))
 SMALLEST = ROOT / "tests/data/qwen2_5_configs/0.5B.json"
 # A flag that is renamed or changes its default breaks users' scripts: change this list only on purpose, and say so in CHANGELOG.
 FROZEN = {
-    "device": "auto", "train_mode": "xpo", "hf_path": None, "save_hf": None, "pair_data": None, "valid_pair_data": None, "epochs": None,
+    "device": "auto", "train_mode": "xpo", "hf_path": None, "export_hf": None, "pair_data": None, "valid_pair_data": None, "epochs": None,
     "best_metric": None, "early_stop_metric": None, "early_stop_patience": 3, "skip_bad_batches": 0, "keep_last": None,
     "continue_on_save_failure": False, "verify_data": False,
     "max_tokens_per_micro_batch": 8192, "share_prompt": False, "pad_micro_batches": False, "logps_chunk_tokens": 1024,
@@ -31,7 +31,8 @@ FROZEN = {
     "label_smoothing": None, "margin": None, "upper_margin": None, "sft_weight": None, "dpop_lambda": None,
     "alpha": None, "discopop_tau": None, "desirable_weight": None, "undesirable_weight": None, "statistics_decay": None, "anchor": None,
     "anchor_weight": None, "anchor_slack": None, "anchor_power": None, "anchor_value": None, "is_average": None, "add_sft_loss": None,
-    "parity_check": True, "allow_reference_mismatch": False, "allow_untested": False, "check": False,
+    "parity_check": True, "allow_reference_mismatch": False, "allow_untested": False, "dry_run": False,
+    "gpu_memory_gb": None, "check": False,
 }  # fmt: skip
 
 
@@ -121,7 +122,7 @@ def test_what_the_user_gives_wins(hf_path):
 
 def test_impossible_command_lines_are_one_line_errors(hf_path):
     for words, complaint in (
-        (["--tensor-model-parallel-size", "4"], "4 does not divide the model's 14 attention heads"),
+        (["--tensor-model-parallel-size", "4"], "4 does not divide the model's 14 attention heads; sizes that fit: 1, 2"),
         (["--no-such-flag"], "--no-such-flag"),
         (["--train-mode", "dpo"], "invalid choice: 'dpo'"),
         (["--beta", "much"], "invalid float value: 'much'"),
@@ -139,8 +140,13 @@ def test_impossible_command_lines_are_one_line_errors(hf_path):
 def test_layout_that_does_not_fit_the_job_names_the_flags(hf_path, monkeypatch):
     """Four nodes of eight devices, and a preset's 12 pairs a step."""
     monkeypatch.setenv("WORLD_SIZE", "32")
-    with pytest.raises(ValueError, match="--global-batch-size 12 is not a multiple of the 32 data-parallel ranks"):
+    with pytest.raises(ValueError, match=r"--global-batch-size 12 is not a multiple of the 32 data-parallel ranks .*; nearest: 32,"):
         parse(["--global-batch-size", "12"], hf_path)
+    with pytest.raises(ValueError, match=r"--global-batch-size 71 .*; nearest: 64, 96,"):
+        parse(["--global-batch-size", "71"], hf_path)
+    with pytest.raises(ValueError, match=r"--pipeline-model-parallel-size 16 .* 24 layers; sizes that do: 1, 2, 3, 4, 6, 8, 12, 24;"):
+        parse(["--pipeline-model-parallel-size", "16"], hf_path)
+    assert parse(["--pipeline-model-parallel-size", "16", "--decoder-first-pipeline-num-layers", "9"], hf_path).num_layers == 24
     with pytest.raises(ValueError, match=r"32 processes cannot be cut into .* 2 x --pipeline-model-parallel-size 3"):
         parse(["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "3"], hf_path)
 

@@ -18,7 +18,7 @@ PRESETS = Path("examples/qwen2_5/presets")
 # The comparison sets these itself; in a file's flags they would contradict it.
 OWN_FLAGS = (
     "--hf-path", "--pair-data", "--valid-pair-data", "--train-iters", "--epochs", "--eval-interval", "--lr", "--seed", "--save",
-    "--save-hf", "--load",
+    "--export-hf", "--load",
 )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,65 +40,6 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         "--block-pairs", type=int, default=1024, metavar="PAIRS", help="between two saves of the partial result (default %(default)s)"
     )
     parser.set_defaults(skip_train=True, train_iters=1, global_batch_size=None)
-
-
-class ReferencePass:
-    """The model and the schedule, ready to score blocks of pairs."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        from megatron.core.enums import ModelType
-        from megatron.core.pipeline_parallel import get_forward_backward_func
-        from megatron.core.process_groups_config import ProcessGroupCollection
-        from megatron.training import training as mt
-        from megatron.training.argument_utils import pretrain_cfg_container_from_args
-        from megatron.training.initialize import initialize_megatron
-
-        from megatron_patch import run
-        from megatron_patch.forward_step import ForwardStep
-        from megatron_patch.model.qwen2 import read_qwen2_config
-        from megatron_patch.refusals import uses_torch_spec
-
-        self.args, self.run = args, run
-        self.vocab = read_qwen2_config(args.hf_path).vocab
-        config = pretrain_cfg_container_from_args(args, run.model_config(args, []))
-        initialize_megatron()
-        groups = ProcessGroupCollection.use_mpu_process_groups()
-        self.model, _, _ = mt.setup_model_and_optimizer(ModelType.encoder_or_decoder, cfg_container=config, pg_collection=groups)
-        for chunk in self.model:
-            chunk.eval()
-        self.schedule = get_forward_backward_func()
-        self.forward_step = ForwardStep(
-            lambda batch, logps: (logps.sum(), batch.lengths.sum(), {}), self.vocab, args.logps_chunk_tokens,
-            torch_spec=uses_torch_spec(args),
-        )  # fmt: skip
-
-    def score(self, stream: Any, numbers: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(pair numbers, float64 [pairs, 2] log-probs) parts of this rank; empty off the last stage, TP rank 0 and CP rank 0."""
-        import torch
-        from megatron.core import parallel_state
-
-        slots = stream.plan.split(numbers)
-
-        def micro_batches() -> Iterator[Any]:
-            return (stream.batch(slot) for slot in slots)
-
-        data = micro_batches() if len(self.model) == 1 else [micro_batches() for _ in self.model]
-        with torch.no_grad():
-            collected = self.schedule(
-                forward_step_func=self.forward_step,
-                data_iterator=data,
-                model=self.model,
-                num_microbatches=len(slots),
-                seq_length=self.args.seq_length,
-                micro_batch_size=1,
-                forward_only=True,
-                collect_non_loss_data=True,
-            )
-        copies = parallel_state.get_tensor_model_parallel_rank() + parallel_state.get_context_parallel_rank()
-        if not parallel_state.is_pipeline_last_stage(ignore_virtual=True) or copies:
-            return []
-        parts = zip((slot[stream.rank] for slot in slots), collected, strict=True)
-        return [(which, logps.numpy()) for which, (_, logps) in parts if len(which)]  # a slot may hold no pair
 
 
 class PartialResult:
@@ -155,18 +96,18 @@ class PartialResult:
                 np.savez(stream, logps=self.logps, identity=np.array(self.identity))
 
 
-def score_store(reference: ReferencePass, prefix: str, weights: str) -> None:
-    """Score one store and write its reference log-probs; rank 0 reports and writes."""
-    import torch
-
+def score_store(scorer: Any, prefix: str, weights: str) -> None:
+    """Score one store with a ``Scorer`` and write its reference log-probs; rank 0 reports and writes."""
+    from megatron_patch.built_model import precision
     from megatron_patch.checksums import weight_checksums
     from megatron_patch.data.pair_store import write_reference_logps
     from megatron_patch.loop_hooks import print_line
+    from megatron_patch.streams import full_pass, sample_set
 
-    args, run = reference.args, reference.run
-    samples, _ = run.sample_set(args, [prefix], with_reference=False)
-    stream = run.full_pass(args, samples, reference.vocab)
-    dtype = str(run.precision(args)).removeprefix("torch.")
+    args = scorer.args
+    samples, _ = sample_set(args, [prefix], with_reference=False)
+    stream = full_pass(args, samples, args.vocab_size)
+    dtype = str(precision(args)).removeprefix("torch.")
     partial = PartialResult(prefix, len(samples), {"store": samples.stores[0].fingerprint, "weights": weights, "dtype": dtype})
     if partial.finished:
         if args.rank == 0:
@@ -175,11 +116,8 @@ def score_store(reference: ReferencePass, prefix: str, weights: str) -> None:
     started, todo, done = time.perf_counter(), partial.missing(), 0
     for start in range(0, len(todo), args.block_pairs):
         numbers = todo[start : start + args.block_pairs]
-        everywhere: list[Any] = [None] * args.world_size
-        torch.distributed.all_gather_object(everywhere, reference.score(stream, numbers))
-        for part in everywhere:
-            for which, logps in part:
-                partial.logps[which] = logps
+        for which, logps in scorer.score(stream, numbers):
+            partial.logps[which] = logps
         done += len(numbers)
         if args.rank == 0:
             partial.save()
@@ -210,24 +148,27 @@ def main(argv: list[str]) -> None:
         cpu_backend.install()
     import torch
 
-    from megatron_patch import run
+    from megatron_patch.built_model import announce, built_model
     from megatron_patch.checkpoint.hf_files import weights_fingerprint
+    from megatron_patch.data.pair_dataset import parse_weighted_prefixes
     from megatron_patch.refusals import check_arguments
+    from megatron_patch.scoring import Scorer
+    from megatron_patch.streams import sample_set
 
     args = parse_arguments(device, _add_flags)
-    run.announce(args, "reference", device)
+    announce(args, "reference", device)
     check_arguments(args)
     if args.load:
-        raise ValueError("--load: the reference is the model of --hf-path; export a Megatron checkpoint with --save-hf first")
-    prefixes = run.parse_weighted_prefixes(args.pair_data)[0]
+        raise ValueError("--load: the reference is the model of --hf-path; export a Megatron checkpoint with scripts/export_hf.py first")
+    prefixes = parse_weighted_prefixes(args.pair_data)[0]
     for prefix in prefixes:
-        run.sample_set(args, [prefix], with_reference=False)
+        sample_set(args, [prefix], with_reference=False)
     weights = weights_fingerprint(args.hf_path)
     if args.check:
         return
-    reference = ReferencePass(args)
+    scorer = Scorer(args, built_model(args))
     for prefix in prefixes:
-        score_store(reference, prefix, weights)
+        score_store(scorer, prefix, weights)
     torch.distributed.destroy_process_group()
 
 

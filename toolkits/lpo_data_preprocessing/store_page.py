@@ -1,34 +1,14 @@
-"""One HTML page about a pair store: facts, lengths, and a sample to browse.
+"""One HTML page about a pair store: facts, lengths, and a sample to browse. All that comes from data passes through `_safe`."""
 
-The page is one file and fetches nothing. All that comes from data passes through `_safe`; should something slip through all the same, the
-page's content policy allows no script but its own (by hash) and no request at all.
-"""
-
-import base64
-import hashlib
-import html
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from toolkits.lpo_data_preprocessing.html_page import document, facts, safe
 from toolkits.lpo_data_preprocessing.store_view import Part, Sample, StoreView, histogram, quantiles, visible
 
 _STYLE = """
-:root { color-scheme: light dark; --paper: #fbfbfa; --card: #fff; --ink: #1d2125; --soft: #646c75; --line: #dfe2e6;
-  --prompt: #f1f2f4; --chosen: #1668a8; --rejected: #b4501a; --end: #8a6a00; }
-@media (prefers-color-scheme: dark) { :root { --paper: #14171a; --card: #1c2024; --ink: #e4e7ea; --soft: #98a1ab; --line: #32383f;
-  --prompt: #23282d; --chosen: #6db3ec; --rejected: #f0985c; --end: #dcb74a; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 72rem; padding: 2rem 1.25rem 4rem; background: var(--paper); color: var(--ink);
-  font: 15px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.35rem; margin: 0 0 1rem; overflow-wrap: anywhere; }
-h2 { font-size: 1rem; margin: 2rem 0 .6rem; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.2rem; margin: 0; }
-dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 .lengths { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 1.5rem 2.5rem; align-items: start; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; font-weight: normal; padding: .2rem 0 .2rem 1rem; border-bottom: 1px solid var(--line); }
-th { color: var(--soft); } th:first-child { text-align: left; padding-left: 0; color: inherit; }
 svg { width: 100%; height: auto; display: block; } svg text { fill: var(--soft); font-size: 11px; } svg line { stroke: var(--line); }
 svg rect { fill: var(--chosen); }
 .find { display: flex; gap: 1rem; align-items: center; position: sticky; top: 0; background: var(--paper); padding: .6rem 0; }
@@ -36,7 +16,6 @@ input { flex: 1; max-width: 24rem; font: inherit; color: inherit; background: va
   border-radius: 6px; padding: .35rem .6rem; }
 article { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .8rem 1rem 1rem; margin: 0 0 1rem; }
 header { display: flex; flex-wrap: wrap; gap: 0 1rem; margin-bottom: .6rem; }
-.soft, small { color: var(--soft); font-size: .85rem; }
 .parts { display: grid; grid-template-columns: repeat(auto-fit, minmax(max(18rem, 40%), 1fr)); gap: .8rem; }
 .part { min-width: 0; border-left: 3px solid var(--line); padding-left: .75rem; }
 .part.wide { grid-column: 1 / -1; }
@@ -62,34 +41,21 @@ _WIDTH, _HEIGHT, _BOTTOM, _TOP = 480, 190, 22, 16  # of the drawing, in its own 
 
 def page(view: StoreView, samples: Sequence[Sample]) -> str:
     """The whole page, with these samples on it."""
-    name, script = _safe(str(view.store.prefix)), base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{script}'"
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{name}</title>
-<style>{_STYLE}</style>
-</head>
-<body>
-<h1>{name}: {len(view)} {view.unit}s</h1>
-<dl>{"".join(f"<dt>{_safe(term)}</dt><dd>{_safe(value)}</dd>" for term, value in view.facts().items())}</dl>
+    name = visible(str(view.store.prefix))
+    body = f"""<h1>{safe(name)}: {len(view)} {view.unit}s</h1>
+{facts({visible(term): visible(value) for term, value in view.facts().items()})}
 <h2>Lengths</h2>
 <div class="lengths">{_table(view.lengths())}{_drawing(*list(view.lengths().items())[-1], view.unit)}</div>
 <h2>{_some(len(samples), len(view), view.unit)}</h2>
 <div class="find"><input type="search" placeholder="Find text or id" aria-label="Find text or id">
 <span class="soft"><span id="shown">{len(samples)}</span> shown</span></div>
 {"".join(_article(sample, view.unit) for sample in samples)}
-<script>{_SCRIPT}</script>
-</body>
-</html>
 """
+    return document(name, body, style=_STYLE, script=_SCRIPT)
 
 
 def _safe(text: str) -> str:
-    return html.escape(visible(text))
+    return safe(visible(text))
 
 
 def _some(shown: int, count: int, unit: str) -> str:

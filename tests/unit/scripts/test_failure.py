@@ -73,3 +73,8 @@ def test_a_rank_that_was_killed_is_the_first() -> None:
     summary = SUMMARY.replace("exitcode  : -11", "exitcode  : -9")
     head, *rest = explain("step 7\n" + traceback(0, "RuntimeError: Connection reset by peer") + summary)
     assert head == "rank 1: killed by SIGKILL (the machine's memory may have run out)" and rest == ["step 7"]
+
+
+def test_nodes_that_did_not_meet() -> None:
+    log = "Traceback (most recent call last):\ntorch.distributed.elastic.rendezvous.api.RendezvousTimeoutError\n"
+    assert explain(log)[0].startswith("not all nodes of the job met in time: can they reach the first one")

@@ -1,6 +1,7 @@
 """What launch.sh makes of its environment: device, GPUs, precision; with an nvidia-smi that says there are four GPUs."""
 
 import os
+import socket
 import subprocess
 from pathlib import Path
 
@@ -10,13 +11,13 @@ ROOT = Path(__file__).parents[3]
 SHOW = 'source scripts/launch.sh; echo "$GPUS $NPROC_PER_NODE $PRECISION $CUDA_DEVICE_MAX_CONNECTIONS"'
 
 
-def settings(tmp_path: Path, gpus: int = 4, **environment: str) -> subprocess.CompletedProcess[str]:
+def settings(tmp_path: Path, gpus: int = 4, script: str = SHOW, **environment: str) -> subprocess.CompletedProcess[str]:
     """launch.sh, sourced on a machine with ``gpus`` GPUs."""
     lines = "\n".join(f"GPU {number}: NVIDIA H100 (UUID: GPU-{number})" for number in range(gpus))
     (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho '{lines}'\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     fixed = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "ROOT": str(ROOT), "HOME": str(tmp_path)}
-    command = ["bash", "-c", f"set -euo pipefail; {SHOW}"]
+    command = ["bash", "-c", f"set -euo pipefail; {script}"]
     return subprocess.run(command, cwd=ROOT, env=fixed | environment, capture_output=True, text=True)
 
 
@@ -37,6 +38,26 @@ def test_settings(tmp_path: Path, environment: dict[str, str], shown: str) -> No
     done = settings(tmp_path, **environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == shown
+
+
+@pytest.mark.parametrize(
+    ("environment", "shown"),
+    [
+        ({"GPU_MEMORY_GB": "80"}, "8 8 bf16 1"),
+        ({"GPU_MEMORY_GB": "80", "NPROC_PER_NODE": "4", "NNODES": "16"}, "4 4 bf16 1"),
+        ({"DEVICE": "cuda"}, "8 8 bf16 1"),
+        ({"DEVICE": "cpu", "GPU_MEMORY_GB": "80"}, "0 1 fp32 1"),
+        ({}, "0 1 fp32 1"),
+    ],
+)
+def test_a_plan_is_for_gpus_that_need_not_be_here(tmp_path: Path, environment: dict[str, str], shown: str) -> None:
+    done = settings(tmp_path, gpus=0, script=f"set -- --hf-path m --dry-run; {SHOW}", **environment)
+    assert done.stdout.strip() == shown, done.stderr
+
+
+def test_nodes_without_slurm_are_for_plans(tmp_path: Path) -> None:
+    done = settings(tmp_path, NNODES="4")
+    assert done.returncode == 2 and done.stderr == "[error] NNODES=4 without SLURM is for --dry-run only: sbatch -N 4\n"
 
 
 def test_no_gpu_whatever_is_listed(tmp_path: Path) -> None:
@@ -116,6 +137,41 @@ def test_in_an_image(tmp_path: Path, stubs: dict[str, str], image: str, environm
     done = shell(tmp_path, f"in_image '{image}'; spread 1 work 1", {**stubs, "work": RECORD}, **environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == shown.replace("HERE", str(tmp_path))
+
+
+TORCHRUN = "python3 -m torch.distributed.run --standalone --nproc-per-node 1 entry"
+STEP = "--ntasks-per-node=1 --kill-on-bad-exit=1 --container-image=a.sqsh --container-mounts=/repository:/repository,HERE:HERE"
+MEETING = "--nnodes 2 --rdzv-backend c10d --rdzv-id 7 --rdzv-endpoint n1:20007"
+
+
+@pytest.mark.parametrize(
+    ("image", "environment", "shown"),
+    [
+        ("", {}, TORCHRUN),
+        ("a.sif", {}, f"apptainer exec --nv --bind /repository:/repository,HERE:HERE a.sif {TORCHRUN}"),
+        ("a.sqsh", {"SLURM_JOB_ID": "7"},
+         f"srun --ntasks=1 {STEP} /repository/scripts/on_node.sh {TORCHRUN}"),
+        ("a.sqsh", {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "n1,n2"},
+         f"srun --ntasks=2 {STEP} /repository/scripts/on_node.sh python3 -m torch.distributed.run {MEETING} --nproc-per-node 1 entry"),
+    ],
+)  # fmt: skip
+def test_training_in_an_image(tmp_path: Path, image: str, environment: dict[str, str], shown: str) -> None:
+    stubs = PYXIS | {"python3": RECORD, "scontrol": "echo n1"}
+    done = shell(tmp_path, f"in_image '{image}'; run_torch entry", stubs, **environment)
+    assert done.stdout.strip() == shown.replace("HERE", str(tmp_path)), done.stderr
+
+
+@pytest.mark.parametrize(("family", "address"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")])
+def test_a_port_that_is_taken(tmp_path: Path, family: int, address: str) -> None:
+    """The next one is tried, unless this one was asked for."""
+    with socket.socket(family) as taken:
+        taken.bind((address, 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = shell(tmp_path, f"MASTER_PORT={port} rendezvous_port", {})
+        assert done.returncode == 2 and done.stderr.startswith(f"[error] MASTER_PORT: somebody listens on port {port} of ")
+        assert int(shell(tmp_path, f"SLURM_JOB_ID={port - 20000} rendezvous_port", {}).stdout) > port or not 20000 <= port < 40000
+    assert shell(tmp_path, f"MASTER_PORT={port} rendezvous_port", {}).stdout == f"{port}\n"
 
 
 def test_an_image_that_nothing_can_run(tmp_path: Path) -> None:

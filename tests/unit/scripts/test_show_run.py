@@ -1,6 +1,8 @@
 """What a run was, from the files that it leaves: texts by hand, the picture by its size and by what it refuses."""
 
+import base64
 import json
+import re
 import runpy
 from pathlib import Path
 
@@ -51,6 +53,15 @@ def test_curves_of_several_runs(run, tmp_path, capsys):
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
     assert show["main"]([str(run), "--png", str(picture), "--metrics", "losss"]) == 2
     assert "no run has a metric 'losss'; there are eval_loss, grad_norm, loss" in capsys.readouterr().err
+
+
+def test_a_page_that_needs_no_other_file(run, tmp_path):
+    page = tmp_path / "runs.html"
+    assert show["main"]([str(run), "--html", str(page)]) == 0
+    text = page.read_text()
+    assert "xpo on cuda, 16 processes: TP 4 PP 2 CP 1 DP 2" in text and "0.666667 at step 3" in text
+    (picture,) = re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', text)
+    assert b"<svg" in base64.b64decode(picture) and not re.search(r'(src|href)="(?!data:)', text)
 
 
 def test_a_folder_that_is_no_run(tmp_path, capsys):

@@ -1,0 +1,69 @@
+"""``--dry-run`` of the run script: what a job would be, from a config.json and from data, and what would fit where it does not."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests import jobs
+
+CONFIGS = Path(__file__).parents[1] / "data/qwen2_5_configs"
+GIB = 2**30
+
+
+def plan(output: Path, *flags: object, code: int = 0, **environment: str) -> list[str]:
+    """What the terminal shows; nothing is written."""
+    command = ["bash", str(jobs.SCRIPT), *map(str, flags), "--dry-run"]
+    given = {**jobs.environment(output, **environment), "DEVICE": environment.get("DEVICE", "auto")}
+    job = subprocess.run(command, env=given, capture_output=True, text=True, timeout=300)
+    assert job.returncode == code and not job.stderr and not output.exists(), job.stdout + job.stderr
+    return job.stdout.splitlines()
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A folder that has Qwen2.5 7B's config.json and nothing else."""
+    (tmp_path / "7B").mkdir()
+    (tmp_path / "7B/config.json").write_text((CONFIGS / "7B.json").read_text())
+    return tmp_path / "7B"
+
+
+@pytest.mark.ci
+def test_a_plan_for_gpus_that_are_not_here(tmp_path: Path, model: Path) -> None:
+    lines = plan(tmp_path / "run", "--hf-path", model, "--global-batch-size", 64, GPU_MEMORY_GB="80", NNODES="2", TP="4")
+    assert lines[0] == "[plan] model: 7,615,616,512 parameters, 28 layers, hidden size 3584, vocabulary 152,064, untied"
+    assert lines[1].startswith("[plan] layout: 16 processes, TP 4 x PP 1 x CP 1 x DP 4, bfloat16, --sequence-parallel, --use-distributed")
+    assert lines[2].startswith("[plan] a step: 64 samples, 16 on each data-parallel rank")
+    numbers = re.findall(r"[\d,.]+", lines[4].partition("stage 0")[2])
+    weights, gradients, optimizer, _, _, total, parameters = (float(number.replace(",", "")) for number in numbers)
+    config = json.loads((CONFIGS / "7B.json").read_text())
+    norms = config["hidden_size"] * (2 * config["num_hidden_layers"] + 1)
+    assert parameters == pytest.approx((7_615_616_512 - norms) / 4 + norms)  # norms are on every rank
+    assert weights == pytest.approx(2 * parameters / GIB, abs=0.01) and gradients == pytest.approx(4 * parameters / GIB, abs=0.01)
+    assert optimizer == pytest.approx(12 * parameters / 4 / GIB, abs=0.02) and weights + gradients + optimizer < total < 72
+    assert lines[-1] == "[plan] nothing was started (--dry-run)"
+
+
+@pytest.mark.ci
+def test_what_does_not_fit_is_refused_with_what_does(tmp_path: Path, model: Path) -> None:
+    """The first one offered is then accepted."""
+    flags = ("--hf-path", model, "--global-batch-size", 64)
+    *_, error = plan(tmp_path / "run", *flags, code=2, GPU_MEMORY_GB="80")
+    assert error.startswith("[error] --gpu-memory-gb 80: a rank needs ")
+    tp, pp, needed = re.search(r"TP=(\d) PP=(\d) needs ([\d.]+) GiB", error).groups()
+    assert float(needed) <= 72
+    *_, stage, _ = plan(tmp_path / "run", *flags, GPU_MEMORY_GB="80", TP=tp, PP=pp)
+    assert f"{float(needed):.1f}" == f"{float(re.search(r'([0-9.]+)   [0-9,]+ parameters', stage)[1]):.1f}"
+
+
+@pytest.mark.full
+def test_a_plan_knows_the_data(tmp_path: Path) -> None:
+    work = jobs.make_materials(tmp_path / "work")
+    flags = ("--hf-path", work / "model", "--pair-data", work / "sft", "--global-batch-size", 8, "--lr-warmup-iters", 1)
+    lines = plan(tmp_path / "run", *flags, "--train-iters", 12, "--max-tokens-per-micro-batch", 100, PRESET="sft", DEVICE="cpu")
+    assert re.fullmatch(
+        r"\[plan\] a step: 8 samples, 8 on each data-parallel rank, [\d,]+ tokens, in \d( to \d)? micro-batches of up to 100; "
+        r"12 steps, 48 samples in the stores", lines[2],
+    )  # fmt: skip
