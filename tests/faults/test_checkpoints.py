@@ -199,7 +199,7 @@ def test_a_finished_run_started_again_leaves_its_checkpoints(bench: Bench, unint
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("layout", [pytest.param("one", marks=pytest.mark.full), "dp2-do"])
+@pytest.mark.parametrize("layout", ["one", pytest.param("dp2-do", marks=pytest.mark.full)])
 def test_asynchronous_saves_overlap_with_steps(bench: Bench, layout: str) -> None:
     """A step ends while the save before it is in flight; what is saved is whole, and a run that was killed goes on from it as from any."""
     judge = bench.train(layout, bench.reference(), *SAVES, alter="recorded")
@@ -211,7 +211,7 @@ def test_asynchronous_saves_overlap_with_steps(bench: Bench, layout: str) -> Non
     for step in (3, 6, 9, 10):
         assert saved.damage(saved.folder_of(save, step)) is None
         done = run.output.index(f"successfully saved checkpoint from iteration {step:7d}")
-        if step in (3, 6):
+        if step in (3, 6) and layout == "one":  # of several ranks the last one shows steps, the first one saves
             assert run.output.index(f"[xpo] step {step + 1}/10 ") < done, "the run waited for the save"
     later = killed_after(bench, save, 6)
     run = bench.attempt(layout, later, bench.reference(), *flags, "--load", later, alter="")
