@@ -288,10 +288,15 @@ def choose_device(requested: str) -> str:
 
 
 def requested_device(argv: Sequence[str]) -> str:
-    """``--device`` of a command line, presets included, without building Megatron's parser (needed before megatron is imported)."""
+    """``--device`` of a command line, presets included, without building Megatron's parser (needed before megatron is imported).
+
+    A plan (``--dry-run``) is made on the CPU, whatever it is for.
+    """
     parser = _PresetParser(add_help=False, allow_abbrev=False, fromfile_prefix_chars="@")
     parser.add_argument("--device", choices=DEVICES, default="auto")
-    return parser.parse_known_args(list(argv))[0].device
+    parser.add_argument("--dry-run", action="store_true")
+    known = parser.parse_known_args(list(argv))[0]
+    return "cpu" if known.dry_run else known.device
 
 
 _LOSS_FLAGS = ("gamma", *(item.name for item in fields(LossOptions) if item.name not in ("loss_type", "length_normalised")))

@@ -34,6 +34,11 @@ def precision(args: argparse.Namespace) -> torch.dtype:
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
 
 
+def precision_name(args: argparse.Namespace) -> str:
+    """``precision`` without "torch."."""
+    return str(precision(args)).removeprefix("torch.")
+
+
 def model_config(args: argparse.Namespace, chunks: list[Any]) -> Any:
     """Megatron's GPTModelConfig with our layer spec and the import of Hugging Face weights.
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from itertools import product
 from math import prod
 
-from megatron_patch.built_model import model_config, precision
+from megatron_patch.built_model import model_config, precision_name
 from megatron_patch.checkpoint.hf_mapping import hf_tensors, misfit
 from megatron_patch.memory_plan import StageMemory, as_rank, plan_stage
 from megatron_patch.model.qwen2 import read_qwen2_config
@@ -49,7 +49,7 @@ def _model_line(args: argparse.Namespace) -> str:
 
 def _layout_line(args: argparse.Namespace) -> str:
     sizes = f"TP {args.tensor_model_parallel_size} x PP {args.pipeline_model_parallel_size} x CP {args.context_parallel_size}"
-    said = f"layout: {args.world_size} processes, {sizes} x DP {args.data_parallel_size}, {str(precision(args)).removeprefix('torch.')}"
+    said = f"layout: {args.world_size} processes, {sizes} x DP {args.data_parallel_size}, {precision_name(args)}"
     if args.virtual_pipeline_model_parallel_size:
         said += f", {args.virtual_pipeline_model_parallel_size} virtual stages a rank"
     for flag in ("sequence_parallel", "use_distributed_optimizer", "share_prompt"):
@@ -123,14 +123,10 @@ def _others(args: argparse.Namespace) -> Iterator[tuple[str, argparse.Namespace]
         half = args.max_tokens_per_micro_batch // 2
         yield f"--max-tokens-per-micro-batch {half}", altered(args, max_tokens_per_micro_batch=half)
     now = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
-    larger = [with_layout(args, tp, pp) for tp, pp in layouts(args) if tp * pp > now]
-    for other in larger:
-        words = f"TP={other.tensor_model_parallel_size} PP={other.pipeline_model_parallel_size}"
-        yield words, other
+    larger = [(f"TP={tp} PP={pp}", with_layout(args, tp, pp)) for tp, pp in layouts(args) if tp * pp > now]
+    yield from larger
     if not args.recompute_granularity:
-        for other in larger:
-            words = f"TP={other.tensor_model_parallel_size} PP={other.pipeline_model_parallel_size}"
-            yield f"{words} with {RECOMPUTE}", recomputed(other)
+        yield from ((f"{words} with {RECOMPUTE}", recomputed(other)) for words, other in larger)
 
 
 def layouts(args: argparse.Namespace) -> list[tuple[int, int]]:

@@ -18,10 +18,13 @@ from megatron_patch.errors import AgreedError
 SILENT_WAIT_S = 20
 
 
-def parse_arguments(device: str, add: Callable[[argparse.ArgumentParser], None] = lambda parser: None) -> argparse.Namespace:
+def parse_arguments(
+    device: str, add: Callable[[argparse.ArgumentParser], None] = lambda parser: None, *, plans: bool = False
+) -> argparse.Namespace:
     """Megatron's and our flags, validated. Upstream's complaints about flags become ValueError like our own.
 
-    ``device`` is what ``choose_device`` said; ``add`` may put an entry's own flags and defaults on the parser.
+    ``device`` is what ``choose_device`` said; ``add`` may put an entry's own flags and defaults on the parser; ``plans``: the entry knows
+    what to do with ``--dry-run``.
     """
     # Tensor parallelism wants it before Blackwell (training/arguments.py:1437), and CUDA reads it when it is initialised.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
@@ -33,10 +36,13 @@ def parse_arguments(device: str, add: Callable[[argparse.ArgumentParser], None] 
         return add_arguments(parser, device)
 
     try:
-        return parse_and_validate_args(extra_args_provider=provider)
+        args = parse_and_validate_args(extra_args_provider=provider)
     except AssertionError as error:
         reason = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
         raise ValueError(f"megatron-core refuses these flags: {reason}") from error
+    if args.dry_run and not plans:
+        raise ValueError("--dry-run is for training: examples/qwen2_5/train_qwen.py")
+    return args
 
 
 @contextmanager

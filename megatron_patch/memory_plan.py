@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallelConfig
-from megatron.core.distributed.param_and_grad_buffer import group_params_for_buffers
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.param_layout import PerBufferParamLayout
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -98,29 +97,27 @@ def state_bytes(args: argparse.Namespace, chunks: list[Any], stage: int) -> tupl
     weights = gradients = optimizer = 0
     shards = [0] * ranks
     for number, chunk in enumerate(chunks):
-        parameters = [*chunk.parameters()]
-        state = 12 if args.bf16 else 8
+        parameters, state = [*chunk.parameters()], 12 if args.bf16 else 8
+        optimizer += state * sum(parameter.numel() for parameter in parameters)
+        if not ddp.use_distributed_optimizer:
+            weights += sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+            gradients += sum(parameter.numel() * (4 if ddp.grad_reduce_in_fp32 else parameter.element_size()) for parameter in parameters)
+            continue
         for key, layout in _buffers(parameters, ddp, ranks, first=number == 0 and stage == 0).items():
             size = layout.bucket_indices[-1][1]
             weights, gradients = weights + size * key.param_dtype.itemsize, gradients + size * key.grad_dtype.itemsize
             for rank, elements in enumerate(_owned(layout, ranks)):
                 shards[rank] += state * elements
-        optimizer += state * sum(parameter.numel() for parameter in parameters)
     return weights, gradients, max(shards) if ddp.use_distributed_optimizer else optimizer
 
 
 def _buffers(parameters: list[Any], ddp: DistributedDataParallelConfig, ranks: int, *, first: bool) -> dict[Any, PerBufferParamLayout]:
-    """Where Megatron's DDP puts each parameter of a chunk; only the first chunk of the first stage has several buckets."""
-    if not ddp.use_distributed_optimizer:  # no padding, so one bucket says as much as many
-        from megatron.core.distributed.param_and_grad_buffer import _compute_default_per_buffer_param_layout as end_to_end
-
-        return {key: end_to_end(own, None) for key, (own, _) in group_params_for_buffers(parameters, ddp.grad_reduce_in_fp32).items()}
+    """Where the distributed optimizer puts each parameter of a chunk; only the first chunk of the first stage has several buckets."""
     bucket = ddp.bucket_size or max(40_000_000, 1_000_000 * ranks)
     if ddp.num_buckets is not None:
         bucket = sum(parameter.numel() for parameter in parameters) // ddp.num_buckets
-    return DistributedOptimizer.compute_full_param_layout(
-        parameters, bucket if first and ddp.overlap_grad_reduce else None, ranks, ddp
-    ).layouts
+    several = first and ddp.overlap_grad_reduce
+    return DistributedOptimizer.compute_full_param_layout(parameters, bucket if several else None, ranks, ddp).layouts
 
 
 def _owned(layout: PerBufferParamLayout, ranks: int) -> list[int]:

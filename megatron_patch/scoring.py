@@ -9,7 +9,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_patch.built_model import precision
+from megatron_patch.built_model import precision_name
 from megatron_patch.data.pair_dataset import MicroBatchStream
 from megatron_patch.errors import AgreedError
 from megatron_patch.evaluation import parity
@@ -72,7 +72,7 @@ def check_export(scorer: Scorer, stream: MicroBatchStream, say: Callable[[str], 
     Raises:
         AgreedError: they differ by more than the tolerance of the training precision.
     """
-    folder, samples, dtype = scorer.args.export_hf, stream.samples, str(precision(scorer.args)).removeprefix("torch.")
+    folder, samples, dtype = scorer.args.export_hf, stream.samples, precision_name(scorer.args)
     numbers = np.argsort(samples.tokens, kind="stable")[:EXPORT_SAMPLES]
     own = np.zeros((len(numbers), samples.responses_per_sample))
     for which, logps in scorer.score(stream, numbers):

@@ -77,7 +77,8 @@ show() { "$PYTHON" "$ROOT/scripts/terminal.py"; }
 # After a failure that is no user's error: the first error of the first rank that failed, its last lines, the log's path.
 explain() { "$PYTHON" "$ROOT/scripts/failure.py" "$1"; }
 
-# How jobs run from here on: in an image (none: as they are), by pyxis where srun has it, else by apptainer, with the folders CONTAINER_MOUNTS (default: the repository and this folder) at their own places.
+# How jobs run from here on: in an image (none: as they are), by pyxis where srun has it, else by apptainer, with the folders
+# CONTAINER_MOUNTS (default: the repository and this folder) at their own places.
 SRUN_FLAGS=() PREFIX=()
 in_image() {
   local mounts=${CONTAINER_MOUNTS:-$ROOT:$ROOT,$PWD:$PWD}

@@ -28,7 +28,7 @@ def cell(argv: list[str]) -> dict[str, object] | None:
     from megatron_patch.entry import parse_arguments
 
     sys.argv[1:] = argv
-    args = parse_arguments("cpu")
+    args = parse_arguments("cpu", plans=True)
     for again in (False, True):
         for tp, pp in dry_run.layouts(args):
             other = dry_run.with_layout(args, tp, pp)

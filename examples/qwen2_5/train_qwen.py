@@ -16,7 +16,7 @@ from megatron_patch.entry import parse_arguments, user_errors
 
 def main(argv: list[str]) -> None:
     """Train as the command line says."""
-    device = "cpu" if "--dry-run" in argv else choose_device(requested_device(argv))
+    device = choose_device(requested_device(argv))
     if device == "cpu":
         cpu_backend.install()
     from megatron.core.enums import ModelType
@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
     from megatron_patch import loop_hooks
     from megatron_patch.run import TrainingRun
 
-    args = parse_arguments(device)
+    args = parse_arguments(device, plans=True)
     if args.dry_run:
         from megatron_patch.dry_run import show_plan
 

@@ -169,6 +169,11 @@ def indivisible_batch(bench: Bench) -> Mistake:
     return Mistake(("--global-batch-size", 3), ("--global-batch-size 3", "2 data-parallel ranks"))
 
 
+def plan_of_a_pass(bench: Bench) -> Mistake:
+    """Only training has plans; nothing is computed that was not asked for."""
+    return Mistake(("--dry-run",), ("--dry-run is for training",))
+
+
 BOTH: list[tuple[Callable[[Bench], Mistake], int]] = [
     (heads_not_divisible, 3), (missing_weights, 2), (truncated_store, 2), (missing_store, 1), (store_of_another_kind, 1),
     (malformed_preset, 1), (unknown_flag_in_preset, 1), (missing_preset, 1), (missing_model, 2), (pair_too_long, 2), (upstream_refuses, 1),
@@ -182,7 +187,8 @@ TRAIN_ONLY: list[tuple[Callable[[Bench], Mistake], int]] = [
     (warm_up_longer_than_the_run, 1),
 ]
 CASES = [pytest.param(TRAIN, *case, id=f"train-{case[0].__name__}") for case in BOTH + TRAIN_ONLY]
-CASES += [pytest.param(REFERENCE, *case, id=f"reference-{case[0].__name__}") for case in [*BOTH, (token_outside_vocabulary, 2)]]
+REFERENCE_ONLY: list[tuple[Callable[[Bench], Mistake], int]] = [(token_outside_vocabulary, 2), (plan_of_a_pass, 1)]
+CASES += [pytest.param(REFERENCE, *case, id=f"reference-{case[0].__name__}") for case in BOTH + REFERENCE_ONLY]
 
 
 def assert_one_line(run: harness.Run, says: tuple[str, ...]) -> None:

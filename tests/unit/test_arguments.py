@@ -168,6 +168,7 @@ def test_preset_lines_hold_several_flags_and_comments(tmp_path, hf_path):
     preset.write_text("--lr 1 --device cuda  # here\n")
     assert requested_device([f"@{preset}"]) == "cuda"
     assert requested_device([f"@{preset}", "--device=cpu", "--num-layers", "3", "--dev"]) == "cpu" and requested_device([]) == "auto"
+    assert requested_device(["--device", "cuda", "--dry-run"]) == "cpu", "a plan for GPUs needs none"
     with pytest.raises(ValueError, match="invalid choice: 'tpu'"):
         requested_device(["--device", "tpu"])
 

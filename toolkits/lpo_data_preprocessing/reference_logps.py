@@ -98,7 +98,7 @@ class PartialResult:
 
 def score_store(scorer: Any, prefix: str, weights: str) -> None:
     """Score one store with a ``Scorer`` and write its reference log-probs; rank 0 reports and writes."""
-    from megatron_patch.built_model import precision
+    from megatron_patch.built_model import precision_name
     from megatron_patch.checksums import weight_checksums
     from megatron_patch.data.pair_store import write_reference_logps
     from megatron_patch.loop_hooks import print_line
@@ -107,7 +107,7 @@ def score_store(scorer: Any, prefix: str, weights: str) -> None:
     args = scorer.args
     samples, _ = sample_set(args, [prefix], with_reference=False)
     stream = full_pass(args, samples, args.vocab_size)
-    dtype = str(precision(args)).removeprefix("torch.")
+    dtype = precision_name(args)
     partial = PartialResult(prefix, len(samples), {"store": samples.stores[0].fingerprint, "weights": weights, "dtype": dtype})
     if partial.finished:
         if args.rank == 0:
