@@ -1,11 +1,13 @@
 """Which checkpoint of a folder is used, what becomes of damaged ones, and which are removed: all with files that upstream would write."""
 
 import json
+import pickle  # what upstream's .metadata is
 from pathlib import Path
 
 import pytest
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import save_integrity_manifest, verify_integrity_manifest
+from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_patch.checkpoint import saved
 
@@ -13,7 +15,8 @@ from megatron_patch.checkpoint import saved
 def make(folder: Path, step: int, *, by_upstream: bool = False, tracked: bool = True) -> Path:
     checkpoint = saved.folder_of(folder, step)
     checkpoint.mkdir(parents=True)
-    for name in (".metadata", "metadata.json", "__0_0.distcp", "__0_1.distcp"):
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(Metadata(state_dict_metadata={}, planner_data=str(step))))
+    for name in ("metadata.json", "__0_0.distcp", "__0_1.distcp"):
         (checkpoint / name).write_bytes(f"{name} of {step}".encode() * 1000)
     (save_integrity_manifest if by_upstream else saved.write_manifest)(checkpoint)  # type: ignore[arg-type]
     if tracked:
