@@ -13,6 +13,7 @@ from megatron.training.initialize import initialize_megatron
 
 from megatron_patch import loop_hooks
 from megatron_patch.checkpoint.hf_io import load_hf_weights
+from megatron_patch.checkpoint.saving import Saving
 from megatron_patch.model.layer_specs import qwen2_block_spec
 from megatron_patch.model.packed_attention import kernel_name
 from megatron_patch.model.packed_rotary import PackedRotary
@@ -69,9 +70,15 @@ def model_config(args: argparse.Namespace, chunks: list[Any]) -> Any:
 
 
 def built_model(args: argparse.Namespace) -> list[Any]:
-    """This rank's chunks for forward passes: the weights of ``--hf-path``, or of the checkpoint in ``--load``. Starts Megatron."""
+    """This rank's chunks for forward passes: the weights of ``--hf-path``, or of the checkpoint in ``--load``. Starts Megatron.
+
+    Raises:
+        AgreedError: that checkpoint is damaged.
+    """
     config = pretrain_cfg_container_from_args(args, model_config(args, []))
     initialize_megatron()
+    Saving(args, spare=tuple, say=loop_hooks.print_line).before_load()
+    args.verify_integrity = False  # upstream would read it all again, on one rank
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model, _, _ = mt.setup_model_and_optimizer(ModelType.encoder_or_decoder, cfg_container=config, pg_collection=groups)
     return [chunk.eval() for chunk in model]

@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies import state_dict_saver as saver
 from megatron.training import checkpointing, get_args, initialize
 from megatron.training import training as mt
 from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
 
 from megatron_patch.best_so_far import BestSoFar
-from megatron_patch.checkpoint import saved
 from megatron_patch.checkpoint.saving import Saving
 from megatron_patch.data.atomic_files import write_json
 from megatron_patch.data.pair_dataset import MicroBatchStream
@@ -255,16 +255,22 @@ def _saving(method: str) -> Callable[[Callable, LoopState], Callable]:
     return lambda upstream, state: getattr(state.saving, method)(upstream) if state.saving else upstream
 
 
-def _write_manifest(_: Callable, state: LoopState) -> Callable:
-    def write(checkpoint: str) -> None:
-        """In place of upstream's."""
-        saved.write_manifest(Path(checkpoint))
-
-    return state.saving.kept(write) if state.saving else write
+def _manifest(upstream: Callable, state: LoopState) -> Callable:
+    return state.saving.kept(state.saving.write_manifest) if state.saving else upstream
 
 
 def _verify(upstream: Callable, state: LoopState) -> Callable:
     return state.saving.verify if state.saving else upstream
+
+
+def _initialize(upstream: Callable, state: LoopState) -> Callable:
+    def initialize_megatron(*args: Any, **kwargs: Any) -> None:
+        """Upstream's, then a look at what will be loaded: the first moment at which all ranks can do that together."""
+        upstream(*args, **kwargs)
+        if state.saving:
+            state.saving.before_load()
+
+    return initialize_megatron
 
 
 def _deaf(upstream: Callable, _: LoopState) -> Callable:
@@ -283,6 +289,7 @@ def _deaf(upstream: Callable, _: LoopState) -> Callable:
 
 
 HOOKS = (
+    Hook("initialize_megatron", _initialize, "training.py:1091 goes on to load whatever the tracker names"),
     Hook("get_forward_backward_func", _schedule, "training.py:3614 and :4198 take M from the batch size; ours follows from the plan"),
     Hook("train_step", _train_step, "training.py:3856 calls it; its own timers want barriers"),
     Hook("training_log", _training_log, "training.py:2881 hides negative metrics, such as every log-prob"),
@@ -293,7 +300,8 @@ HOOKS = (
     Hook("save_checkpoint", _saving("guarded"), "training.py:3086 lets a full disk end the run, and rank 0's own failures hang it"),
     Hook("maybe_finalize_async_save", _saving("finalized"), "training.py:3740 the same, of asynchronous saves"),
     Hook("save_config", _saving("kept"), "core/dist_checkpointing/serialization.py:450 fails on rank 0 alone", serialization),
-    Hook("save_integrity_manifest", _write_manifest, "validation.py:512 the same, and reads one file after another", serialization),
+    Hook("save_state_dict_async_finalize", _saving("hashed"), "state_dict_saver.py:213 the same, and leaves hashing to rank 0", saver),
+    Hook("save_integrity_manifest", _manifest, "validation.py:512 the same, and reads one file after another", serialization),
     Hook("get_write_results_queue", _deaf, "filesystem_async.py:65 starts a process of which saving needs an answer", filesystem_async),
     Hook("init_persistent_async_worker", _deaf, "training/async_utils.py:58 starts those of --async-save", initialize),
     Hook("verify_integrity_manifest", _verify, "validation.py:590 reads again what was read before the start", serialization),

@@ -85,7 +85,7 @@ class TrainingRun:
         self.best = BestSoFar(args.best_metric, args.early_stop_metric, args.early_stop_patience) if followed else None
         saving = Saving(args, self._best_step, self._say)
         if not args.check:
-            self._begin(saving, device)
+            self._begin(device)
         self.hooks = loop_hooks.LoopState(
             args.train_mode,
             self.model,
@@ -98,7 +98,7 @@ class TrainingRun:
             on_resume=self._take_over,
         )
 
-    def _begin(self, saving: Saving, device: str) -> None:
+    def _begin(self, device: str) -> None:
         """What is looked at and noted once before a run starts; rank 0 does it before it joins the others."""
         args, stores = self.args, [store for samples in filter(None, (self.train, self.valid)) for store in samples.stores]
         started = time.perf_counter()
@@ -106,7 +106,6 @@ class TrainingRun:
         args.origins = json.dumps(origin)  # Megatron's args are saved in every checkpoint
         self._say(f"fingerprints of weights and data: {time.perf_counter() - started:.1f} s")
         if args.rank == 0:
-            saving.before_start()
             if args.verify_data:
                 verify_data([str(store.prefix) for store in stores], args.hf_path, self._say)
             if self.save is not None:

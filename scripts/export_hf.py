@@ -23,13 +23,14 @@ BEFORE = "--skip-train --train-iters 1 --no-load-optim --no-load-rng".split()
 
 
 def chosen_step(run: Path, *, step: int | None, best: bool) -> int:
-    """The checkpoint to export, which is whole. ValueError if there is none such."""
+    """The checkpoint to export. ValueError if there is none such."""
     if best:
         step = read_json(run / "best.json", "the best evaluation of a run with --best-metric")["step"]
     chosen = step if step is not None else saved.tracked_step(run)
     if chosen is None:
         raise ValueError(f"{run}: no checkpoint, or none that {saved.TRACKER} names; say --step")
-    saved.check_loadable(run, chosen)
+    if chosen not in saved.steps(run):
+        raise ValueError(f"{run}: no checkpoint of step {chosen}; there are {', '.join(map(str, saved.steps(run))) or 'none'}")
     return chosen
 
 

@@ -38,13 +38,15 @@ class _Known(pickle.Unpickler):
 
 
 def foreign_code(checkpoint: Path) -> str | None:
-    """What in a checkpoint would run code when it is loaded, in a few words; None when nothing would."""
+    """What in a checkpoint would run code when it is loaded, in a few words; None when nothing would. OSError if it cannot be read."""
     path = checkpoint / ".metadata"
     if not path.exists():
         return None
     try:
         with path.open("rb") as file:
             _Known(file).load()
+    except OSError:
+        raise  # which says nothing about what is in it
     except Exception as error:  # whatever a damaged pickle brings about
         return f".metadata cannot be read: {error}"
     return None

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from megatron_patch.data.atomic_files import atomic_path, read_json, sha256_file
 TRACKER = "latest_checkpointed_iteration.txt"
 MANIFEST = "integrity.json"
 _THREADS = min(16, os.cpu_count() or 1)
+HashFiles = Callable[[Sequence[Path]], dict[str, str]]
 
 
 def folder_of(folder: Path, step: int) -> Path:
@@ -48,16 +49,33 @@ def write_tracker(folder: Path, step: int) -> None:
         temporary.write_text(str(step), encoding="utf-8")
 
 
-def write_manifest(checkpoint: Path) -> None:
-    """SHA-256 of every file, in upstream's format; as many files at a time as there are processors, upstream reads one after another."""
-    files = sorted(path for path in checkpoint.iterdir() if path.is_file() and path.name != MANIFEST)
+def hash_files(files: Sequence[Path]) -> dict[str, str]:
+    """Name -> SHA-256 of the files that are there; as many at a time as there are processors.
+
+    Raises:
+        OSError: one that is there cannot be read. Nothing follows from that about what it holds.
+    """
     with ThreadPoolExecutor(_THREADS) as pool:
-        hashes = dict(zip((path.name for path in files), pool.map(sha256_file, files), strict=True))
+        return {file.name: found for file, found in zip(files, pool.map(_hash_of, files), strict=True) if found is not None}
+
+
+def _hash_of(file: Path) -> str | None:
+    try:
+        return sha256_file(file)
+    except FileNotFoundError:
+        return None
+
+
+def write_manifest(checkpoint: Path, known: Mapping[str, str] | None = None) -> None:
+    """SHA-256 of every file, in upstream's format; what is ``known`` is not read again."""
+    files = sorted(path for path in checkpoint.iterdir() if path.is_file() and path.name != MANIFEST)
+    hashes = hash_files([path for path in files if path.name not in (known or {})]) | dict(known or {})
+    listed = {path.name: hashes[path.name] for path in files}
     with atomic_path(checkpoint / MANIFEST) as temporary:
-        temporary.write_text(json.dumps({"algorithm": hashlib.sha256().name, "files": hashes}, indent=1), encoding="utf-8")
+        temporary.write_text(json.dumps({"algorithm": hashlib.sha256().name, "files": listed}, indent=1), encoding="utf-8")
 
 
-def damage(checkpoint: Path) -> str | None:
+def damage(checkpoint: Path, hashes: HashFiles = hash_files) -> str | None:
     """What is wrong with a checkpoint, in a few words; None when its files are those that were saved."""
     if not checkpoint.is_dir():
         return "there is no such folder"
@@ -67,22 +85,14 @@ def damage(checkpoint: Path) -> str | None:
         recorded: dict[str, str] = read_json(checkpoint / MANIFEST, "the list of a checkpoint's files")["files"]
     except (ValueError, KeyError):
         return f"{MANIFEST} is damaged"
-    with ThreadPoolExecutor(_THREADS) as pool:
-        found = dict(zip(recorded, pool.map(lambda name: _hash_of(checkpoint / name), recorded), strict=True))
-    wrong = [f"{name} is {'missing' if now is None else 'damaged'}" for name, now in found.items() if now != recorded[name]]
+    found = hashes([checkpoint / name for name in recorded])
+    wrong = [f"{name} is {'damaged' if name in found else 'missing'}" for name in recorded if found.get(name) != recorded[name]]
     if not wrong:
         return foreign_code(checkpoint)
     return ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
 
 
-def _hash_of(file: Path) -> str | None:
-    try:
-        return sha256_file(file)
-    except OSError:
-        return None
-
-
-def check_loadable(folder: Path, step: int | None = None) -> None:
+def check_loadable(folder: Path, step: int | None = None, hashes: HashFiles = hash_files) -> None:
     """For a folder that belongs to another run: ValueError unless the checkpoint that will be loaded is whole."""
     tracked = tracked_step(folder)
     if tracked is None:
@@ -90,7 +100,7 @@ def check_loadable(folder: Path, step: int | None = None) -> None:
             raise ValueError(f"{folder / TRACKER} names no checkpoint; write the number of one into it ({_listed(steps(folder))})")
         return
     chosen = step or tracked
-    complaint = damage(folder_of(folder, chosen))
+    complaint = damage(folder_of(folder, chosen), hashes)
     if complaint:
         raise ValueError(
             f"{folder_of(folder, chosen)} cannot be loaded: {complaint}; say --ckpt-step with another ({_listed(steps(folder))})"
@@ -101,7 +111,7 @@ def _listed(found: Collection[int]) -> str:
     return f"there {'is' if len(found) == 1 else 'are'} {', '.join(map(str, found)) or 'none'}"
 
 
-def recover(folder: Path) -> list[str]:
+def recover(folder: Path, hashes: HashFiles = hash_files) -> list[str]:
     """For a run's own folder: afterwards its tracker names the newest whole checkpoint, and nothing damaged has a checkpoint's name.
 
     What the tracker names is taken if it is whole, so that a user may go back by editing it. Otherwise the newest whole one is, and the
@@ -113,6 +123,7 @@ def recover(folder: Path) -> list[str]:
 
     Raises:
         ValueError: the tracker says that there are checkpoints, and none is whole.
+        OSError: one cannot be read, which does not make it damaged; nothing was changed.
     """
     found, named = steps(folder), tracked_step(folder)
     if not found and not (folder / TRACKER).exists():
@@ -120,7 +131,7 @@ def recover(folder: Path) -> list[str]:
     lines = [] if named is not None else [f"{folder / TRACKER} names no checkpoint"]
     damaged: list[Path] = []
     for step in ([named] if named is not None else []) + [step for step in found if step != named]:
-        complaint = damage(folder_of(folder, step))
+        complaint = damage(folder_of(folder, step), hashes)
         if complaint is None:
             break
         lines.append(f"{folder_of(folder, step)} cannot be used: {complaint}")

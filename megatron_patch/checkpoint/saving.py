@@ -18,6 +18,7 @@ import torch
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_patch.checkpoint import saved
+from megatron_patch.checkpoint.shared_hashes import gather_own, led_by_rank_zero
 from megatron_patch.errors import AgreedError
 
 _PROBE_BYTES = 1 << 16  # about what rank 0 writes beside the tensors
@@ -40,28 +41,51 @@ class Saving:
         self.own = self.folder is not None and self.load is not None and self.folder.resolve() == self.load.resolve()
         self._verified: set[Path] = set()
         self._complaint: str | None = None  # of a write that rank 0 does alone
+        self._hashes: dict[str, str] = {}  # on rank 0: of the files that the save at hand has written
 
-    def before_start(self) -> None:
-        """On rank 0, before it joins the others: what will be loaded is whole. ValueError if it cannot be."""
-        if self.load is None:
-            return
-        if self.own and self.step is None:
-            for line in saved.recover(self.load):
-                self.say(line)
-        else:
-            saved.check_loadable(self.load, self.step)
-        chosen = self.step or saved.tracked_step(self.load)
+    def before_load(self) -> None:
+        """What will be loaded is whole. AgreedError if it cannot be. Collective."""
+        chosen, lines = led_by_rank_zero(self._look)
+        for line in lines if torch.distributed.get_rank() == 0 else ():
+            self.say(line)
         if chosen is not None:
+            assert self.load is not None
             self._verified.add(saved.folder_of(self.load, chosen).resolve())
+
+    def _look(self, hashes: saved.HashFiles) -> tuple[int | None, list[str]]:
+        """The step that will be loaded, None if there is no checkpoint, and what was not as it should be."""
+        if self.load is None:
+            return None, []
+        lines = []
+        if self.own and self.step is None:
+            lines = saved.recover(self.load, hashes)
+        else:
+            saved.check_loadable(self.load, self.step, hashes)
+        return self.step or saved.tracked_step(self.load), lines
 
     def verify(self, checkpoint: str) -> None:
         """In place of upstream's check, which reads one file after another; what was checked at the start is not read again."""
-        complaint: list[str | None] = [None]
-        if torch.distributed.get_rank() == 0 and Path(checkpoint).resolve() not in self._verified:
-            complaint = [saved.damage(Path(checkpoint))]
-        torch.distributed.broadcast_object_list(complaint, src=0)
-        if complaint[0]:
-            raise AgreedError(f"{checkpoint} cannot be loaded: {complaint[0]}")
+        if Path(checkpoint).resolve() in self._verified:
+            return
+        complaint = led_by_rank_zero(lambda hashes: saved.damage(Path(checkpoint), hashes))
+        if complaint:
+            raise AgreedError(f"{checkpoint} cannot be loaded: {complaint}")
+
+    def hashed(self, upstream: Callable) -> Callable:
+        """Upstream's ``save_state_dict_async_finalize``, which writes ``.metadata``; then each rank hashes what it has written."""
+
+        def save_state_dict_async_finalize(writer: Any, *args: Any, **kwargs: Any) -> None:
+            """The same. Collective."""
+            writer.finish = self.kept(writer.finish)  # rank 0 alone calls it, and the others wait for what comes after
+            upstream(writer, *args, **kwargs)
+            self._hashes = gather_own(Path(writer.path))
+
+        return save_state_dict_async_finalize
+
+    def write_manifest(self, checkpoint: str) -> None:
+        """In place of upstream's, which reads one file after another, on rank 0."""
+        hashes, self._hashes = self._hashes, {}
+        saved.write_manifest(Path(checkpoint), hashes)
 
     def kept(self, write: Callable[..., None]) -> Callable[..., None]:
         """``write``, done by rank 0 alone, with its failure kept for ``guarded`` rather than raised: others wait behind it."""

@@ -4,6 +4,7 @@ Alterations observe (``recorded``), save time (``unsaved``) or plant a defect th
 own process, after the fork, so nothing leaks into other runs.
 """
 
+import errno
 import json
 import os
 import runpy
@@ -124,7 +125,38 @@ def wrong_export() -> None:
     hf_io.merge_shards = merge_shards
 
 
-_ALL = (unsaved, recorded, recorded_stores, shifted_mask, nan_response, exported_gradients, wrong_export)
+def unwritable_index() -> None:
+    """The file that rank 0 alone writes after the tensors, larger than what is tried beforehand, does not fit: at step 6."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    original = FileSystemWriterAsync.finish
+
+    def finish(self: Any, *args: Any) -> None:
+        if self.path.name == "iter_0000006":
+            raise OSError(errno.ENOSPC, "No space left on device", str(self.path / ".metadata"))
+        original(self, *args)
+
+    FileSystemWriterAsync.finish = finish
+
+
+def recorded_hashing() -> None:
+    """Append the name of every file whose SHA-256 a rank computes for a checkpoint to ``$BATCH_LOG.<rank>``."""
+    from megatron_patch.checkpoint import saved
+
+    original = saved.sha256_file
+    path = f"{os.environ['BATCH_LOG']}.{os.environ['RANK']}"
+
+    def sha256_file(file: Any) -> str:
+        with open(path, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps(f"{file.parent.name}/{file.name}") + "\n")
+        return original(file)
+
+    saved.sha256_file = sha256_file
+
+
+_ALL = (
+    unsaved, recorded, recorded_stores, shifted_mask, nan_response, exported_gradients, wrong_export, unwritable_index, recorded_hashing,
+)  # fmt: skip
 ALTERATIONS = {alteration.__name__: alteration for alteration in _ALL}
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ The judge is a run that nothing happened to: losses and gradient norms of every 
 
 import dataclasses
 import io
+import json
 import os
 import pickle
 import shutil
@@ -263,3 +264,20 @@ def test_training_goes_on_after_a_save_that_failed(bench: Bench, uninterrupted: 
     assert run.output.count(" MiB were left on that disk. Training goes on") == 3
     assert saved.tracked_step(save) == 3 and saved.steps(save) == [3] and saved.damage(saved.folder_of(save, 3)) is None
     assert all(torch.equal(tensor, tensors(save / "hf")[name]) for name, tensor in tensors(uninterrupted / "hf").items())
+
+
+@pytest.mark.ci
+def test_index_that_does_not_fit(bench: Bench) -> None:
+    """Rank 0 alone writes it; the other rank does not wait for ever. Until then and afterwards each rank hashed what it wrote, once."""
+    save = bench.folder("no-room-for-the-index")
+    run = bench.attempt("dp2-do", save, bench.reference(), *SAVES, alter="unwritable_index,recorded_hashing")
+    assert run.codes == [2, 2] and any("No space left on device" in line for line in run.errors), run.output[-4000:]
+    assert saved.tracked_step(save) == 3 and saved.steps(save) == [3] and saved.damage(saved.folder_of(save, 3)) is None
+    for rank in range(2):
+        hashed = [json.loads(line) for line in Path(f"{save}.batches.{rank}").read_text().splitlines()]
+        of_third = [name for name in hashed if name.startswith("iter_0000003/")]
+        assert of_third and len(set(of_third)) == len(of_third)
+        assert {name.split("__")[1].split("_")[0] for name in of_third if "__" in name} == {str(rank)}
+    run = bench.attempt("dp2-do", save, bench.reference(), *SAVES, "--load", save, alter="")
+    assert run.ok, run.output[-4000:]
+    assert_same_end(save, bench.train("dp2-do", bench.reference(), *SAVES, alter="recorded"))

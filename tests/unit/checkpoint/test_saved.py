@@ -1,5 +1,6 @@
 """Which checkpoint of a folder is used, what becomes of damaged ones, and which are removed: all with files that upstream would write."""
 
+import errno
 import json
 import pickle  # what upstream's .metadata is
 from pathlib import Path
@@ -12,11 +13,12 @@ from torch.distributed.checkpoint.metadata import Metadata
 from megatron_patch.checkpoint import saved
 
 
-def make(folder: Path, step: int, *, by_upstream: bool = False, tracked: bool = True) -> Path:
+def make(folder: Path, step: int, *, by_upstream: bool = False, tracked: bool = True, ranks: int = 1) -> Path:
     checkpoint = saved.folder_of(folder, step)
     checkpoint.mkdir(parents=True)
     (checkpoint / ".metadata").write_bytes(pickle.dumps(Metadata(state_dict_metadata={}, planner_data=str(step))))
-    for name in ("metadata.json", "__0_0.distcp", "__0_1.distcp"):
+    tensors = [f"__{rank}_0.distcp" for rank in range(ranks)] if ranks > 1 else ["__0_0.distcp", "__0_1.distcp"]
+    for name in ("metadata.json", *tensors):
         (checkpoint / name).write_bytes(f"{name} of {step}".encode() * 1000)
     (save_integrity_manifest if by_upstream else saved.write_manifest)(checkpoint)  # type: ignore[arg-type]
     if tracked:
@@ -52,6 +54,17 @@ def test_damage_is_named(tmp_path, harm, words):
     checkpoint = make(tmp_path, 2)
     harm(checkpoint)
     assert words in (saved.damage(checkpoint) or "")
+
+
+def test_what_cannot_be_read_is_not_damaged(tmp_path, monkeypatch):
+    def fails(path):
+        raise OSError(errno.EIO, "Input/output error")
+
+    make(tmp_path, 2)
+    monkeypatch.setattr(saved, "sha256_file", fails)
+    with pytest.raises(OSError, match="Input/output"):
+        saved.recover(tmp_path)
+    assert saved.steps(tmp_path) == [2]
 
 
 def test_nothing_to_recover(tmp_path):
