@@ -1,7 +1,7 @@
 """What evaluations decide: which checkpoint is the best, and when training has stopped getting better.
 
 Decisions are the same on every rank, since every rank observes the same numbers, and travel in checkpoints as one JSON string: a resumed
-run goes on counting where it was. Larger is better, unless a metric's name ends with "loss" (as in transformers' Trainer).
+run goes on counting where it was. Larger is better, unless a metric is a loss or something of the rejected responses.
 """
 
 import json
@@ -19,9 +19,10 @@ class Best:
     since: int = 0
 
     def observe(self, name: str, value: float, step: int) -> None:
-        """One more evaluation. NaN is never better than anything."""
-        better = value < self.value if name.endswith("loss") else value > self.value
-        if better or math.isnan(self.value):
+        """One more evaluation. What is not finite is never better than anything."""
+        falls = "loss" in name.rpartition("/")[2] or name.endswith("rejected") or "/rejected" in name
+        better = value < self.value if falls else value > self.value
+        if math.isfinite(value) and (better or math.isnan(self.value)):
             self.value, self.step, self.since = value, step, 0
         else:
             self.since += 1

@@ -28,16 +28,41 @@ def show_plan(args: argparse.Namespace, say: Callable[[str], None]) -> None:
         ValueError: they cannot work; with ``--gpu-memory-gb`` also when they need more memory, with what would fit.
     """
     args.check = True
+    _refuse_uncounted(args)
     run = TrainingRun(args, "cpu") if args.pair_data else None
     if run is None:
         check_arguments(args)
-    for line in (_model_line(args), _layout_line(args), _step_line(args, run)):
+    slots = _micro_batches(args, run)
+    for line in (_model_line(args), _layout_line(args), _step_line(args, run, slots)):
         say(line)
-    stages = [plan_stage(args, model_config(args, []), stage) for stage in range(args.pipeline_model_parallel_size)]
+    most = max(slots, default=args.global_batch_size // args.data_parallel_size)
+    stages = [plan_stage(args, model_config(args, []), stage, most) for stage in range(args.pipeline_model_parallel_size)]
     for line in table(stages):
         say(line)
     _judge(args, max(stage.total for stage in stages))
     say("nothing was started (--dry-run)")
+
+
+def _refuse_uncounted(args: argparse.Namespace) -> None:
+    """ValueError for what changes the state of a rank in ways that are not counted here."""
+    asked = {
+        "--optimizer": args.optimizer != "adam",
+        "--num-distributed-optimizer-instances": args.num_distributed_optimizer_instances > 1,
+        "--use-precision-aware-optimizer": args.use_precision_aware_optimizer,
+        "--optimizer-cpu-offload": args.optimizer_cpu_offload,
+    }
+    for flag, given in asked.items():
+        if given:
+            raise ValueError(f"--dry-run does not count what {flag} makes of the memory: leave it out for the plan")
+
+
+def _micro_batches(args: argparse.Namespace, run: TrainingRun | None) -> list[int]:
+    """Of each of the first steps; none without data."""
+    if run is None:
+        return []
+    with as_rank(args, 0):
+        plan = run.train_stream().plan
+    return [len(plan.step(position)) for position in range(0, min(_STEPS, args.train_iters or 1) * plan.batch, plan.batch)]
 
 
 def _model_line(args: argparse.Namespace) -> str:
@@ -57,14 +82,11 @@ def _layout_line(args: argparse.Namespace) -> str:
     return said + (f", recompute {args.recompute_granularity}" if args.recompute_granularity else "")
 
 
-def _step_line(args: argparse.Namespace, run: TrainingRun | None) -> str:
+def _step_line(args: argparse.Namespace, run: TrainingRun | None, slots: list[int]) -> str:
     said = f"a step: {args.global_batch_size} samples, {args.global_batch_size // args.data_parallel_size} on each data-parallel rank"
     if run is None:
         return said + f", micro-batches of up to {args.max_tokens_per_micro_batch:,} tokens (no --pair-data given)"
-    with as_rank(args, 0):
-        plan = run.train_stream().plan
-    slots = [len(plan.step(position)) for position in range(0, min(_STEPS, args.train_iters or 1) * plan.batch, plan.batch)]
-    tokens = plan.tokens.mean() * plan.batch
+    tokens = run.train.tokens.mean() * args.global_batch_size
     many = f"{min(slots)}" if min(slots) == max(slots) else f"{min(slots)} to {max(slots)}"
     said += f", {tokens:,.0f} tokens, in {many} micro-batches of up to {args.max_tokens_per_micro_batch:,}"
     return said + (f"; {args.train_iters} steps, {len(run.train):,} samples in the stores" if args.train_iters else "")
@@ -72,15 +94,15 @@ def _step_line(args: argparse.Namespace, run: TrainingRun | None) -> str:
 
 def table(stages: list[StageMemory]) -> Iterator[str]:
     """Lines: GiB of a rank of every pipeline stage; stages that need the same share a line."""
-    yield "GiB a rank        weights gradients optimizer | activations   logits |   total   (left: counted; middle: estimated)"
+    yield "GiB a rank        weights gradients optimizer | activations + logits or update |   total   (left: counted; middle: estimated)"
     first = 0
     for number, stage in enumerate(stages):
         if number + 1 < len(stages) and stages[number + 1] == stage:
             continue
         name = f"stage {first}" if first == number else f"stages {first}-{number}"
-        counted, estimated = (stage.weights, stage.gradients, stage.optimizer), (stage.activations, stage.logits)
-        cells = " ".join(f"{amount / GIB:9.2f}" for amount in counted), " ".join(f"{amount / GIB:9.2f}" for amount in estimated)
-        yield f"{name:14} {cells[0]} | {cells[1]}  | {stage.total / GIB:7.2f}   {stage.parameters:,} parameters"
+        counted = " ".join(f"{amount / GIB:9.2f}" for amount in (stage.weights, stage.gradients, stage.optimizer))
+        estimated = f"{stage.activations / GIB:11.2f} {stage.logits / GIB:8.2f} {stage.update / GIB:9.2f}"
+        yield f"{name:14} {counted} | {estimated} | {stage.total / GIB:7.2f}   {stage.parameters:,} parameters"
         first = number + 1
 
 
@@ -95,8 +117,8 @@ def _judge(args: argparse.Namespace, needed: int) -> None:
 
 def needs(args: argparse.Namespace) -> int:
     """Bytes of the fullest rank, from the two ends: most micro-batches in flight, or the output layer."""
-    ends = {0, args.pipeline_model_parallel_size - 1}
-    return max(plan_stage(args, model_config(args, []), stage).total for stage in ends)
+    ends, most = {0, args.pipeline_model_parallel_size - 1}, args.global_batch_size // args.data_parallel_size
+    return max(plan_stage(args, model_config(args, []), stage, most).total for stage in ends)
 
 
 def fits(args: argparse.Namespace, needed: int) -> bool:
@@ -123,7 +145,8 @@ def _others(args: argparse.Namespace) -> Iterator[tuple[str, argparse.Namespace]
         half = args.max_tokens_per_micro_batch // 2
         yield f"--max-tokens-per-micro-batch {half}", altered(args, max_tokens_per_micro_batch=half)
     now = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
-    larger = [(f"TP={tp} PP={pp}", with_layout(args, tp, pp)) for tp, pp in layouts(args) if tp * pp > now]
+    plain = ", all stages alike" if args.virtual_pipeline_model_parallel_size or args.decoder_first_pipeline_num_layers else ""
+    larger = [(f"TP={tp} PP={pp}{plain}", with_layout(args, tp, pp)) for tp, pp in layouts(args) if tp * pp > now]
     yield from larger
     if not args.recompute_granularity:
         yield from ((f"{words} with {RECOMPUTE}", recomputed(other)) for words, other in larger)
@@ -144,13 +167,17 @@ def layouts(args: argparse.Namespace) -> list[tuple[int, int]]:
 
 
 def with_layout(args: argparse.Namespace, tp: int, pp: int) -> argparse.Namespace:
-    """The same job, cut otherwise."""
+    """The same job, cut otherwise: into stages of as many layers, without virtual ones."""
     return altered(
         args,
         tensor_model_parallel_size=tp,
         tensor_parallel_num_weight_shards=tp,
         pipeline_model_parallel_size=pp,
         virtual_pipeline_model_parallel_size=None,
+        num_layers_per_virtual_pipeline_stage=None,
+        decoder_first_pipeline_num_layers=None,
+        decoder_last_pipeline_num_layers=None,
+        pipeline_model_parallel_layout=None,
         sequence_parallel=tp > 1,
         data_parallel_size=args.world_size // (tp * pp * args.context_parallel_size),
         padded_vocab_size=read_qwen2_config(args.hf_path).padded_vocab(tp),

@@ -23,7 +23,7 @@ from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writ
 
 from megatron_patch.best_so_far import BestSoFar
 from megatron_patch.checkpoint.saving import Saving
-from megatron_patch.data.atomic_files import write_json
+from megatron_patch.data.atomic_files import atomic_path, write_json
 from megatron_patch.data.pair_dataset import MicroBatchStream
 from megatron_patch.errors import AgreedError
 from megatron_patch.model.qwen2 import Qwen2Config
@@ -47,7 +47,6 @@ class LoopState:
     clock: StepClock = field(default_factory=StepClock)
     last_evaluated: int = -1
     iteration: int | None = None  # steps done; None before the first of this process
-
 
     def evaluated(self, iteration: int, values: dict[str, float]) -> None:
         """Take notice of an evaluation, the same on all ranks."""
@@ -320,11 +319,22 @@ def _writes_metrics() -> bool:
 
 
 def record_metrics(state: LoopState, row: dict[str, Any]) -> None:
-    """Append one JSON object to ``<save>/metrics.jsonl``; JSON has no NaN and no infinity, so null."""
-    if state.save is not None:
-        finite = {name: value if value is not None and math.isfinite(value) else None for name, value in row.items()}
+    """Append one JSON object to ``<save>/metrics.jsonl``; JSON has no NaN and no infinity, so null.
+
+    Raises:
+        ValueError: it cannot be written, and the run was not told to go on.
+    """
+    if state.save is None:
+        return
+    finite = {name: value if value is not None and math.isfinite(value) else None for name, value in row.items()}
+    try:
         with open(state.save / "metrics.jsonl", "a", encoding="utf-8") as stream:
             stream.write(json.dumps(finite, allow_nan=False) + "\n")
+    except OSError as error:
+        complaint = f"{state.save / 'metrics.jsonl'}: the row of step {row['iteration']} could not be written: {error}"
+        if not get_args().continue_on_save_failure:
+            raise ValueError(complaint) from error
+        state.console(f"[{state.mode}] {complaint}")
 
 
 def rewind_metrics(save: Path, iteration: int) -> None:
@@ -333,7 +343,8 @@ def rewind_metrics(save: Path, iteration: int) -> None:
     if path.exists():
         rows = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
         kept = [line for line in rows if json.loads(line)["iteration"] <= iteration]
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        with atomic_path(path) as temporary:
+            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
 
 _SHOWN = ("loss", "rewards/margins", "rewards/accuracies", "lpo/chosen_logratio", "lpo/rejected_logratio", "grad_norm")

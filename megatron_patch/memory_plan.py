@@ -39,21 +39,23 @@ class StageMemory(NamedTuple):
     optimizer: int
     activations: int
     logits: int
+    update: int  # what the optimizer needs for itself while it steps, when there are no activations
 
     @property
     def total(self) -> int:
-        """All of it."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+        """At the fullest moment: in the last micro-batches, or while the optimizer steps."""
+        return self.weights + self.gradients + self.optimizer + max(self.activations + self.logits, self.update)
 
 
-def plan_stage(args: argparse.Namespace, config: Any, stage: int) -> StageMemory:
-    """One pipeline stage; ``config``: the GPTModelConfig that training would build from."""
+def plan_stage(args: argparse.Namespace, config: Any, stage: int, micro_batches: int) -> StageMemory:
+    """One pipeline stage; ``config``: the GPTModelConfig that training would build from; ``micro_batches``: of a step, at most."""
     rank = stage * (args.world_size // args.pipeline_model_parallel_size)
     with as_rank(args, rank) as groups, FakeTensorMode(allow_non_fake_inputs=True):
         chunks = build(args, config, groups)
         parameters = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
         weights, gradients, optimizer = state_bytes(args, chunks, stage)
-        return StageMemory(parameters, weights, gradients, optimizer, activation_bytes(args, chunks, stage), logits_bytes(args, stage))
+        activations, logits = activation_bytes(args, chunks, stage, micro_batches), logits_bytes(args, stage)
+        return StageMemory(parameters, weights, gradients, optimizer, activations, logits, update_bytes(args, optimizer))
 
 
 @contextmanager
@@ -111,6 +113,14 @@ def state_bytes(args: argparse.Namespace, chunks: list[Any], stage: int) -> tupl
     return weights, gradients, max(shards) if ddp.use_distributed_optimizer else optimizer
 
 
+def update_bytes(args: argparse.Namespace, optimizer: int) -> int:
+    """Of torch's AdamW on a GPU, which updates all parameters at once (``foreach``): the roots of their second moments, in float32.
+
+    Transformer Engine's and apex's keep none; a plan is for where they may be missing (core/optimizer/__init__.py:545).
+    """
+    return 4 * optimizer // (12 if args.bf16 else 8) if args.gpu_memory_gb is not None else 0
+
+
 def _buffers(parameters: list[Any], ddp: DistributedDataParallelConfig, ranks: int, *, first: bool) -> dict[Any, PerBufferParamLayout]:
     """Where the distributed optimizer puts each parameter of a chunk; only the first chunk of the first stage has several buckets."""
     bucket = ddp.bucket_size or max(40_000_000, 1_000_000 * ranks)
@@ -131,26 +141,28 @@ def _owned(layout: PerBufferParamLayout, ranks: int) -> list[int]:
     return owned
 
 
-def micro_batches_in_flight(args: argparse.Namespace, stage: int) -> float:
+def micro_batches_in_flight(args: argparse.Namespace, stage: int, micro_batches: int) -> float:
     """Micro-batches, as parts of this rank's whole model, whose activations are kept at once (1F1B; interleaved: arXiv 2104.04473, 2.2)."""
     stages, virtual = args.pipeline_model_parallel_size, args.virtual_pipeline_model_parallel_size
     if virtual:
-        return (2 * (stages - stage - 1) + (virtual - 1) * stages + 1) / virtual
-    return stages - stage
+        return min(micro_batches, (2 * (stages - stage - 1) + (virtual - 1) * stages + 1) / virtual)
+    return min(micro_batches, stages - stage)
 
 
-def activation_bytes(args: argparse.Namespace, chunks: list[Any], stage: int) -> int:
+def activation_bytes(args: argparse.Namespace, chunks: list[Any], stage: int, micro_batches: int) -> int:
     """Kept for backward by a rank at its fullest moment, micro-batches as large as ``--max-tokens-per-micro-batch`` allows.
 
-    With full recompute a layer's input is kept, and one unit of ``--recompute-num-layers`` layers is whole while it goes back.
+    With full recompute a layer's input is kept, and what is recomputed at a time is whole while it goes back: a unit of
+    ``--recompute-num-layers`` layers, or with ``--recompute-method block`` one layer.
     """
     inputs = sum(saved_bytes(args, chunk) for chunk in chunks)
-    kept = inputs * micro_batches_in_flight(args, stage)
+    kept = inputs * micro_batches_in_flight(args, stage, micro_batches)
     if args.recompute_granularity == "full":
         for chunk in chunks:
             chunk.decoder.config.recompute_granularity = None
         whole = sum(saved_bytes(args, chunk) for chunk in chunks) - inputs
-        kept += whole / sum(len(chunk.decoder.layers) for chunk in chunks) * (args.recompute_num_layers or 1)
+        at_a_time = args.recompute_num_layers if args.recompute_method == "uniform" else 1
+        kept += whole / sum(len(chunk.decoder.layers) for chunk in chunks) * (at_a_time or 1)
     return int(kept)
 
 
@@ -191,7 +203,7 @@ def _packed_row(args: argparse.Namespace) -> tuple[int, PackedLayout]:
 
 
 def logits_bytes(args: argparse.Namespace, stage: int) -> int:
-    """Of one chunk on a rank of the last stage: float32 exponentials and, in backward, their gradient."""
+    """Of one chunk on a rank of the last stage: as much again as its float32 exponentials, for what backward makes of them."""
     if stage != args.pipeline_model_parallel_size - 1:
         return 0
     return 8 * min(args.logps_chunk_tokens, args.max_tokens_per_micro_batch) * args.padded_vocab_size // args.tensor_model_parallel_size

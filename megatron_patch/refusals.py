@@ -20,6 +20,10 @@ def uses_torch_spec(args: argparse.Namespace) -> bool:
     return args.transformer_impl != "transformer_engine"
 
 
+def _same(one: str | None, other: str | None) -> bool:
+    return bool(one and other) and Path(str(one)).resolve() == Path(str(other)).resolve()
+
+
 def _decay_steps(args: argparse.Namespace) -> int:
     return args.lr_decay_iters or args.train_iters or 0
 
@@ -45,9 +49,23 @@ REFUSED: tuple[tuple[Callable[[argparse.Namespace], object], str], ...] = (
     ),
     (lambda args: args.keep_last is not None and args.keep_last < 1, "--keep-last {keep_last}: at least one checkpoint has to stay"),
     (
-        lambda args: args.save and not args.load and saved.steps(Path(args.save)),
+        lambda args: args.save and not _same(args.load, args.save) and saved.steps(Path(args.save)),
         "--save {save} holds checkpoints, which this run would write over; --load {save} goes on from them, or give another folder",
     ),
+    (
+        lambda args: args.use_checkpoint_args or args.pretrained_checkpoint or args.non_persistent_ckpt_type,
+        "--use-checkpoint-args, --pretrained-checkpoint and --non-persistent-ckpt-type are not supported: only --load looks through "
+        "a checkpoint before it is used",
+    ),
+    (
+        lambda args: _same(args.export_hf, args.hf_path),
+        "--export-hf {export_hf} is --hf-path: the weights that the run started from would be replaced",
+    ),
+    (
+        lambda args: any(name and not name.startswith("eval_") for name in (args.best_metric, args.early_stop_metric)),
+        "--best-metric and --early-stop-metric: metrics of evaluations have names that start with eval_ (docs/metrics.md)",
+    ),
+    (lambda args: args.early_stop_patience < 1, "--early-stop-patience {early_stop_patience}: at least one evaluation"),
     (
         lambda args: (args.best_metric or args.early_stop_metric) and not args.valid_pair_data,
         "--best-metric and --early-stop-metric look at evaluations: give --valid-pair-data",

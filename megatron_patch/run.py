@@ -6,7 +6,6 @@ from disk to log-probs. Entries own the process (device, argument parsing, exit 
 
 import argparse
 import json
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -27,6 +26,7 @@ from megatron_patch.checkpoint import torch_adam
 from megatron_patch.checkpoint.hf_io import save_hf_weights
 from megatron_patch.checkpoint.saving import Saving
 from megatron_patch.checksums import verify_data
+from megatron_patch.data.atomic_files import write_json
 from megatron_patch.data.batch_plan import BatchPlan, PairOrder
 from megatron_patch.data.pair_dataset import MicroBatchStream
 from megatron_patch.errors import AgreedError
@@ -39,7 +39,7 @@ from megatron_patch.preference.losses import loss_entry, needs_peers, needs_refe
 from megatron_patch.refusals import check_arguments, check_scores, uses_torch_spec
 from megatron_patch.scoring import Scorer, check_export
 from megatron_patch.step_checks import StepChecks, StepZero
-from megatron_patch.streams import full_pass, sample_set, stream
+from megatron_patch.streams import full_pass, initial_weights, sample_set, stream
 
 
 def _asked_to_stop() -> bool:
@@ -78,12 +78,10 @@ class TrainingRun:
             may_skip=args.skip_bad_batches,
             on_skip=lambda why: self._say(f"this step is left out: {why}"),
         )
-        self.forward_step = ForwardStep(
-            self._objective(), self.model.vocab, args.logps_chunk_tokens, torch_spec=uses_torch_spec(args)
-        )
+        self.forward_step = ForwardStep(self._objective(), self.model.vocab, args.logps_chunk_tokens, torch_spec=uses_torch_spec(args))
         followed = args.best_metric or args.early_stop_metric
         self.best = BestSoFar(args.best_metric, args.early_stop_metric, args.early_stop_patience) if followed else None
-        saving = Saving(args, self._best_step, self._say)
+        self.saving = Saving(args, self._best_step, self._say)
         if not args.check:
             self._begin(device)
         self.hooks = loop_hooks.LoopState(
@@ -92,7 +90,7 @@ class TrainingRun:
             None,
             None,
             self.save,
-            saving,
+            self.saving,
             skip_step=lambda: self.checks.skips_step,
             best=self.best,
             on_resume=self._take_over,
@@ -100,14 +98,15 @@ class TrainingRun:
 
     def _begin(self, device: str) -> None:
         """What is looked at and noted once before a run starts; rank 0 does it before it joins the others."""
-        args, stores = self.args, [store for samples in filter(None, (self.train, self.valid)) for store in samples.stores]
-        started = time.perf_counter()
-        origin = run_record.origins(args, stores)
+        args, train, valid = self.args, self.train.stores, self.valid.stores if self.valid is not None else []
+        origin = run_record.origins(args, train, valid)
         args.origins = json.dumps(origin)  # Megatron's args are saved in every checkpoint
-        self._say(f"fingerprints of weights and data: {time.perf_counter() - started:.1f} s")
+        self._say(f"fingerprint of the initial weights: {initial_weights(args.hf_path)[1]:.1f} s")
         if args.rank == 0:
+            if self.save is not None:
+                (self.save / "run_state.json").unlink(missing_ok=True)  # of the start before
             if args.verify_data:
-                verify_data([str(store.prefix) for store in stores], args.hf_path, self._say)
+                verify_data([str(store.prefix) for store in (*train, *valid)], args.hf_path, self._say)
             if self.save is not None:
                 run_record.append(self.save, run_record.start_record(args, device) | origin)
 
@@ -139,7 +138,15 @@ class TrainingRun:
         self.args.loss_statistics = state  # Megatron's args are saved in every checkpoint
 
     def _take_over(self, checkpoint_args: argparse.Namespace) -> None:
-        """What a checkpoint that is being loaded holds of ours."""
+        """What a checkpoint that is being loaded holds of ours.
+
+        Raises:
+            AgreedError: it lies in this run's folder, but another run's it is.
+        """
+        origins = getattr(checkpoint_args, "origins", None)
+        other = run_record.of_another_run(json.loads(origins), json.loads(self.args.origins)) if origins and self.saving.own else None
+        if other is not None:
+            raise AgreedError(f"{self.save} holds the checkpoints of another run: {other}; give this one a folder of its own")
         began_with = getattr(checkpoint_args, "share_prompt", self.args.share_prompt)
         if began_with != self.args.share_prompt:
             began = "with" if began_with else "without"
@@ -178,8 +185,10 @@ class TrainingRun:
             raise AgreedError(complaint[0])
 
     def _parity_complaint(self, reference: tuple[list[tuple[np.ndarray, ...]], np.ndarray, str]) -> str | None:
-        if not parity.affordable(self.args.hf_path, sum(len(part) for pair in reference[0] for part in pair)):
-            self.hooks.console(f"[{self.args.train_mode}] parity check skipped: {self.args.hf_path} is too large for one process")
+        if not parity.affordable(self.args.hf_path, [sum(len(part) for pair in reference[0] for part in pair)]):
+            self.hooks.console(
+                f"[{self.args.train_mode}] parity check skipped: {self.args.hf_path} would take one process too much memory or time"
+            )
             return None
         try:
             difference = parity.check_parity(self.args.hf_path, *reference)
@@ -219,20 +228,32 @@ class TrainingRun:
                 state = "preempted" if self.args.exit_signal_handler and _asked_to_stop() else "stopped"
                 raise
         finally:
-            if self.save is not None and self.args.rank == 0 and self.save.is_dir():
-                done = self.hooks.iteration if self.hooks.iteration is not None else getattr(self.args, "iteration", 0)
-                outcome = {"state": state, "iteration": done}
-                (self.save / "run_state.json").write_text(json.dumps(outcome) + "\n", encoding="utf-8")
+            self._note_state(state)
+
+    def _note_state(self, state: str) -> None:
+        if self.save is None or self.args.rank or not self.save.is_dir():
+            return
+        done = self.hooks.iteration if self.hooks.iteration is not None else getattr(self.args, "iteration", 0)
+        try:
+            write_json(self.save / "run_state.json", {"state": state, "iteration": done})
+        except OSError as error:
+            self._say(f"run_state.json could not be written: {error}")
+            if state == "preempted":  # the exit code alone would say finished
+                raise SystemExit(1) from error
 
     def export(self) -> None:
         """Write ``--export-hf`` from the trained chunks, and compare what transformers makes of it with them. Collective."""
         if not self.args.export_hf:
             return
-        save_hf_weights(self.chunks, self.args.export_hf, self.args.hf_path, dtype=precision(self.args))
+
+        def check(written: Path) -> None:
+            """By transformers."""
+            if self.args.parity_check:
+                scorer = Scorer(self.args, self.chunks)
+                check_export(scorer, full_pass(self.args, self.train, self.model.vocab), written, self._say)
+
+        save_hf_weights(self.chunks, self.args.export_hf, self.args.hf_path, dtype=precision(self.args), check=check)
         self._say(f"Hugging Face checkpoint: {self.args.export_hf}")
-        if self.args.parity_check:
-            scorer = Scorer(self.args, self.chunks)
-            check_export(scorer, full_pass(self.args, self.train, self.model.vocab), self._say)
 
     def train_stream(self) -> MicroBatchStream:
         """The training pairs in their order, as this rank's micro-batches."""

@@ -11,23 +11,33 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from megatron_patch.checkpoint.hf_files import weights_fingerprint
 from megatron_patch.data.atomic_files import read_json, write_json
 from megatron_patch.data.pair_store import PairStore, reference_files, reference_record
+from megatron_patch.streams import initial_weights
 
 FILE = "run.json"
 PACKAGES = ("torch", "megatron-core", "transformers", "safetensors", "numpy", "transformer-engine", "apex")
 _ROOT = Path(__file__).parents[1]
 
 
-def origins(args: argparse.Namespace, stores: Sequence[PairStore]) -> dict[str, Any]:
+def origins(args: argparse.Namespace, train: Sequence[PairStore], valid: Sequence[PairStore]) -> dict[str, Any]:
     """Where a run's numbers come from, settings apart: the same on every rank and at every start, unless something changed."""
     return {
         "revision": _revision(),
         "versions": {"python": platform.python_version(), **_versions()},
-        "weights": {"path": args.hf_path, "fingerprint": weights_fingerprint(args.hf_path)},
-        "stores": [_store(store) for store in stores],
+        "weights": {"path": args.hf_path, "fingerprint": initial_weights(args.hf_path)[0]},
+        "stores": [_store(store, use) for use, stores in (("training", train), ("validation", valid)) for store in stores],
     }
+
+
+def of_another_run(saved: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """What of two ``origins`` says that a checkpoint is not of the run that is about to go on from it; None if nothing does."""
+    if saved["weights"]["fingerprint"] != now["weights"]["fingerprint"]:
+        return f"it began with other weights ({saved['weights']['path']})"
+    trained, given = ([store for store in of["stores"] if store["use"] == "training"] for of in (saved, now))
+    if [store["fingerprint"] for store in trained] != [store["fingerprint"] for store in given]:
+        return f"it was trained on other stores ({', '.join(store['prefix'] for store in trained)})"
+    return None
 
 
 def start_record(args: argparse.Namespace, device: str) -> dict[str, Any]:
@@ -71,10 +81,10 @@ def _revision() -> str | None:
     return said[0] + ("+changes" if said[1] else "")
 
 
-def _store(store: PairStore) -> dict[str, Any]:
+def _store(store: PairStore, use: str) -> dict[str, Any]:
     record = reference_record(store) if reference_files(store.prefix)[-1].exists() else None
     reference = None if record is None else {"weights": record["weights"], "dtype": record["dtype"]}
-    return {"prefix": str(store.prefix), "samples": len(store), "fingerprint": store.fingerprint, "reference": reference}
+    return {"use": use, "prefix": str(store.prefix), "samples": len(store), "fingerprint": store.fingerprint, "reference": reference}
 
 
 def append(save: Path, record: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_patch.built_model import precision_name
+from megatron_patch.checkpoint.hf_files import rejected_folder
 from megatron_patch.data.pair_dataset import MicroBatchStream
 from megatron_patch.errors import AgreedError
 from megatron_patch.evaluation import parity
@@ -64,30 +66,35 @@ class Scorer:
         return [(which, logps.numpy()) for which, (_, logps) in parts if len(which)]  # a slot may hold no sample
 
 
-def check_export(scorer: Scorer, stream: MicroBatchStream, say: Callable[[str], None]) -> None:
-    """Compare this model with what transformers makes of its export, on the eight shortest samples, and say the largest difference.
+def check_export(scorer: Scorer, stream: MicroBatchStream, folder: Path, say: Callable[[str], None]) -> None:
+    """Compare this model with what transformers makes of its export in ``folder``, and say the largest difference.
 
-    Left out where the model is too large for one process. Collective; rank 0 asks transformers, and all have its answer.
+    On the eight shortest samples, or as many of them as one process can score while the others wait. Collective; rank 0 asks
+    transformers, and all have its answer.
 
     Raises:
         AgreedError: they differ by more than the tolerance of the training precision.
     """
-    folder, samples, dtype = scorer.args.export_hf, stream.samples, precision_name(scorer.args)
+    samples, dtype = stream.samples, precision_name(scorer.args)
     numbers = np.argsort(samples.tokens, kind="stable")[:EXPORT_SAMPLES]
     own = np.zeros((len(numbers), samples.responses_per_sample))
     for which, logps in scorer.score(stream, numbers):
         own[[int(np.flatnonzero(numbers == number)[0]) for number in which]] = logps
     verdict: list[Any] = [None]
-    if torch.distributed.get_rank() == 0 and parity.affordable(folder, int(samples.tokens[numbers].sum())):
+    if torch.distributed.get_rank() == 0:
+        numbers = numbers[: parity.affordable(folder, samples.tokens[numbers])]
         chosen = [samples[int(number)] for number in numbers]
         judge = parity.sequence_logps(folder, [list(zip(sample.sequences, sample.scored, strict=True)) for sample in chosen])
-        verdict = [float(np.abs((judge - own) / samples.scored_lengths[numbers]).max())]
+        differences = np.abs((judge - own[: len(numbers)]) / samples.scored_lengths[numbers])
+        verdict = [(len(numbers), float(differences.max(initial=0)))]
     torch.distributed.broadcast_object_list(verdict, src=0)
-    if verdict[0] is None:
-        return say(f"{folder} was not compared with transformers: too large for one process")
-    if not verdict[0] <= parity.TOLERANCE[dtype]:
+    compared, difference = verdict[0]
+    if not compared:
+        return say("the export was not compared with transformers: one process would need too much memory or time for it")
+    if not difference <= parity.TOLERANCE[dtype]:
         raise AgreedError(
-            f"{folder}: transformers' log-probs of this export differ from the model's by {verdict[0]:.3g} nats per token (allowed "
-            f"{parity.TOLERANCE[dtype]:g} in {dtype}); the export was written, the checkpoints are as they were"
+            f"transformers' log-probs of this export differ from the model's by {difference:.3g} nats per token (allowed "
+            f"{parity.TOLERANCE[dtype]:g} in {dtype}): it was left in {rejected_folder(Path(scorer.args.export_hf))}; an earlier export "
+            "and the checkpoints are as they were"
         )
-    say(f"parity with transformers: {verdict[0]:.2g} nats per token on {len(numbers)} samples of the export")
+    say(f"parity with transformers: {difference:.2g} nats per token on {compared} samples of the export")

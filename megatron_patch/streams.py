@@ -1,6 +1,8 @@
 """The stores of a run and their micro-batches: the one way from disk to a rank, for training, evaluation and the reference pass."""
 
 import argparse
+import time
+from functools import cache
 from math import lcm
 
 import numpy as np
@@ -17,10 +19,17 @@ from megatron_patch.throughput import useful_flops
 STORE_KINDS = {"xpo": preference.STORE_KIND, "finetune": finetune.STORE_KIND, "pretrain": pretrain.STORE_KIND}
 
 
+@cache
+def initial_weights(hf_path: str) -> tuple[str, float]:
+    """Their fingerprint, taken once a process, and the seconds that took."""
+    started = time.perf_counter()
+    return weights_fingerprint(hf_path), time.perf_counter() - started
+
+
 def sample_set(args: argparse.Namespace, words: list[str], with_reference: bool) -> tuple[SampleSet, list[float] | None]:
     """The stores behind ``--pair-data`` or ``--valid-pair-data``, and their weights."""
     prefixes, weights = parse_weighted_prefixes(words)
-    fingerprint = None if args.allow_reference_mismatch or not with_reference else weights_fingerprint(args.hf_path)
+    fingerprint = None if args.allow_reference_mismatch or not with_reference else initial_weights(args.hf_path)[0]
     kind = STORE_KINDS[args.train_mode]
     tokenizer = folder_tokenizer_fingerprint(args.hf_path)
     samples = SampleSet(prefixes, kind, with_reference=with_reference, weights_fingerprint=fingerprint, tokenizer=tokenizer)

@@ -40,6 +40,9 @@ def training_flags(run: Path, step: int, to: Path) -> list[str]:
 
     start = starts(run)[-1]
     settings: dict[str, Any] = start["settings"]
+    for word in settings["pair_data"]:
+        if word.startswith("-"):
+            raise ValueError(f"{run}: its record names {word} as data")
     flags = [*BEFORE, "--load", str(run), "--ckpt-step", str(step), "--export-hf", str(to), "--train-mode", settings["train_mode"]]
     flags += ["--hf-path", start["weights"]["path"], "--global-batch-size", str(settings["global_batch_size"])]
     flags += ["--max-tokens-per-micro-batch", str(settings["max_tokens_per_micro_batch"])]
@@ -73,11 +76,15 @@ def main(argv: list[str]) -> None:
             loop_hooks.print_line(f"[export] {line}")
 
     chunks = built_model.built_model(args)
-    save_hf_weights(chunks, ours.to, args.hf_path, dtype=built_model.precision(args))
+
+    def check(written: Path) -> None:
+        """By transformers."""
+        if args.parity_check:
+            samples, _ = sample_set(args, args.pair_data, with_reference=False)
+            scoring.check_export(scoring.Scorer(args, chunks), full_pass(args, samples, args.vocab_size), written, say)
+
+    save_hf_weights(chunks, ours.to, args.hf_path, dtype=built_model.precision(args), check=check)
     say(f"step {step} of {ours.run}: {ours.to}")
-    if args.parity_check:
-        samples, _ = sample_set(args, args.pair_data, with_reference=False)
-        scoring.check_export(scoring.Scorer(args, chunks), full_pass(args, samples, args.vocab_size), say)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,11 @@ HINTS = (
         "not all nodes of the job met in time: can they reach the first one (its address and MASTER_PORT), and were all of them started? "
         "TORCHRUN_FLAGS=--rdzv-conf=join_timeout=1200 waits longer",
     ),
+    (
+        "RendezvousConnectionError",
+        "this node cannot reach the first one of the job: its address is SLURM's (scontrol show node), its port MASTER_PORT; is one of "
+        "them wrong, or is a firewall between them?",
+    ),
 )
 """What an error of torchrun's own means for whoever started the job."""
 
@@ -47,8 +52,8 @@ def how_it_ended(exit_code: str) -> str:
 
 def killed(text: str) -> str | None:
     """The rank that torchrun saw end first, if it was killed outright: whoever complains then lost the connection to it."""
-    cause = ROOT_CAUSE.search(text)
-    return cause[1] if cause is not None and cause[2].startswith(f"-{signal.SIGKILL.value} ") else None
+    causes = ROOT_CAUSE.finditer(text)  # every node's torchrun has one
+    return next((cause[1] for cause in causes if cause[2].startswith(f"-{signal.SIGKILL.value} ")), None)
 
 
 def explain(text: str) -> list[str]:

@@ -60,11 +60,14 @@ case $DEVICE in
   cpu) GPUS=0 ;;
   *) refuse "DEVICE: '$DEVICE' is none of auto, cuda, cpu" ;;
 esac
-NNODES=${SLURM_NNODES:-${NNODES:-1}} PLAN=0
+PLAN=0
 if [[ " $* " == *" --dry-run "* ]]; then
-  PLAN=1
+  PLAN=1 NNODES=${NNODES:-${SLURM_NNODES:-1}}
   [ "$DEVICE${GPU_MEMORY_GB:-}" = auto ] || [ "$DEVICE" = cpu ] || GPUS=${NPROC_PER_NODE:-$((GPUS > 0 ? GPUS : 8))}
-elif [ "$NNODES" -gt 1 ] && [ -z "${SLURM_JOB_ID:-}" ]; then
+else
+  NNODES=${SLURM_NNODES:-${NNODES:-1}}
+fi
+if [ "$PLAN" = 0 ] && [ "$NNODES" -gt 1 ] && [ -z "${SLURM_JOB_ID:-}" ]; then
   refuse "NNODES=$NNODES without SLURM is for --dry-run only: sbatch -N $NNODES"
 fi
 CPUS=$((${SLURM_CPUS_PER_TASK:-0} * ${SLURM_NTASKS_PER_NODE:-1})) # of a node, if SLURM was asked for a number
@@ -108,10 +111,12 @@ check() {
   return "$code"
 }
 
-# Where the first node listens: its address in SLURM's configuration, since its name need not be a host's.
-head_address() {
-  local head; head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-  scontrol show node "$head" --oneliner | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p' | grep . || echo "$head"
+# The nodes' addresses in SLURM's configuration, in the order of SLURM_NODEID: a node's name need not be a host's.
+node_addresses() {
+  local node
+  for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
+    scontrol show node "$node" --oneliner | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p' | grep . || echo "$node"
+  done
 }
 
 # A port for the nodes of this job to meet at, which nobody listens on here, on the first of them (MASTER_PORT is taken at its word).
@@ -136,15 +141,20 @@ without_orphans() {
 }
 
 run_torch() {
-  local rendezvous=(--standalone) more port
+  local rendezvous=(--standalone) more port addresses word flags=()
   read -ra more <<<"${TORCHRUN_FLAGS:-}" || true
+  for word in "${more[@]}"; do # on_node.sh has more to say of it
+    if [ "$NNODES" -gt 1 ] && [[ $word == --rdzv-conf=* ]]; then export RDZV_CONF=${word#*=}; else flags+=("$word"); fi
+  done
   # Without this, ranks that --max-restarts starts again find the addresses of the dead ones in the store (torch 2.13).
   export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
   if [ "$NNODES" -gt 1 ]; then
     port=$(rendezvous_port) || return 2
-    rendezvous=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$(head_address):$port")
+    mapfile -t addresses < <(node_addresses)
+    export NODE_ADDRESSES="${addresses[*]}" # for on_node.sh, which may run where there is no scontrol
+    rendezvous=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "${addresses[0]}:$port")
   fi
-  set -- "${PREFIX[@]}" "$PYTHON" -m torch.distributed.run "${rendezvous[@]}" "${more[@]}" --nproc-per-node "$NPROC_PER_NODE" "$@"
+  set -- "${PREFIX[@]}" "$PYTHON" -m torch.distributed.run "${rendezvous[@]}" "${flags[@]}" --nproc-per-node "$NPROC_PER_NODE" "$@"
   if [ "$NNODES" = 1 ] && [ "${#SRUN_FLAGS[@]}" = 0 ]; then
     without_orphans "$@"
   else
@@ -181,21 +191,26 @@ supervise() { "$@" & wait_for $!; }
 
 terminated=0 warned=0
 trap 'exit 75' TERM # when what is in the foreground has ended
+trap 'warned=1' USR1
 
 # The exit code of a job of this shell. Meanwhile SIGTERM (a user's kill, a preemption) goes on to it and its fellows, and USR1 (SLURM's
 # warning before the time limit) to what they started. A job that SIGTERM met when its work was done (0, or 143 while Python ends) is
-# preempted too: the next one is not started.
+# preempted too: the next one is not started. The warning is repeated: who is still starting up does not listen yet.
 wait_for() {
-  local job=$1 code=0; shift
+  local job=$1 code=0 repeat=; shift
   trap 'terminated=1; pass_on TERM "${@:-$job}" $(descendants "$job")' TERM
-  trap 'warned=1; pass_on USR1 $(descendants "$job")' USR1
+  trap 'warned=1; [ -n "$repeat" ] || { warn "$job" >/dev/null 2>&1 & repeat=$!; }' USR1
   while wait "$job" || code=$?; kill -0 "$job" 2>/dev/null; do code=0; done # a trapped signal ends wait early
+  [ "$code" -le 128 ] || { code=0; wait "$job" || code=$?; }               # also when the job ended at that moment
+  [ -z "$repeat" ] || kill "$repeat" 2>/dev/null || true
   trap 'exit 75' TERM
-  trap - USR1
+  trap 'warned=1' USR1
   if [ "$terminated" = 1 ] && [[ $code = 0 || $code = 143 ]]; then return 75; fi
   return "$code"
 }
 
+# shellcheck disable=SC2046 # process ids
+warn() { while kill -0 "$1" 2>/dev/null; do pass_on USR1 $(descendants "$1"); sleep 10; done; }
 descendants() { local child; for child in $(pgrep -P "$1"); do echo "$child"; descendants "$child"; done; }
 pass_on() { local signal=$1; shift; kill "-$signal" "$@" 2>/dev/null || true; }
 
@@ -211,21 +226,29 @@ launch() {
     return
   fi
   mkdir -p "$output/logs"
+  [ ! -s "$log" ] || mv "$log" "$output/logs/$name-$(date -r "$log" +%Y%m%d-%H%M%S).log" # of an earlier start
   check "$log" "${run[@]}" "${flags[@]}" || return $?
+  if [ "$warned" = 1 ]; then requeue; return 75; fi
   # USR1 reaches the workers, which torchrun starts in sessions of their own: Megatron saves at the next step. torchrun must not die of
   # it: it inherits "ignore". srun passes it on to the nodes (on_node.sh). A pipeline, not >(...): when it has ended the log is complete.
-  (trap '' USR1; set -o pipefail; run_torch "${run[@]}" "${flags[@]}" 2>&1 | (trap '' TERM; tee "$log" | show)) &
+  # Its exit code is the job's alone: a full disk ends no job because of its log.
+  (trap '' USR1; set +e; run_torch "${run[@]}" "${flags[@]}" 2>&1 | (trap '' TERM; tee "$log" | show); exit "${PIPESTATUS[0]}") &
   wait_for $! || code=$?
   if [ "$code" != 0 ]; then
-    [ "$terminated" = 0 ] || return 75
+    if [ "$terminated" = 1 ]; then requeue; return 75; fi
     grep -q '^\[error\]' "$log" && return 2
     explain "$log"
     return 1
   fi
   local state=$output/run_state.json
   if [ -f "$state" ] && grep -q '"preempted"' "$state"; then
-    # Asked to stop by a warning before the time limit: back into the queue. (A preempting or failing SLURM requeues by itself.)
-    [ -z "${SLURM_JOB_ID:-}" ] || [ "$warned" = 0 ] || scontrol requeue "$SLURM_JOB_ID"
+    requeue
     return 75
   fi
+}
+
+# Back into the queue, after a warning before the time limit. (A preempting or failing SLURM requeues by itself.)
+requeue() {
+  [ -n "${SLURM_JOB_ID:-}" ] && [ "$warned" = 1 ] || return 0
+  scontrol requeue "$SLURM_JOB_ID" || echo "[failed] SLURM did not take job $SLURM_JOB_ID back into its queue: submit it again" >&2
 }

@@ -1,4 +1,4 @@
-"""The table of layouts in docs/layouts.md: for each model and number of GPUs the least model parallelism that fits, by --dry-run's count.
+"""The table of layouts in README.md: for each model and number of GPUs the least model parallelism that fits, by --dry-run's count.
 
     python scripts/layout_table.py --gpu-memory-gb 80 --configs tests/data/qwen2_5_configs >table.md
 

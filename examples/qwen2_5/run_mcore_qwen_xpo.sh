@@ -19,15 +19,17 @@
 set -euo pipefail
 
 ROOT=$(dirname "${BASH_SOURCE[0]}")/../.. # SLURM runs a copy in its spool, but knows where the file was
-[ -f "$ROOT/scripts/launch.sh" ] || ROOT=$(dirname "$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(.*\.sh\).*|\1|p')")/../..
+[ -f "$ROOT/scripts/launch.sh" ] || ROOT=$(dirname "$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(.*/run_mcore_qwen_xpo\.sh\).*|\1|p')")/../..
 ROOT=$(cd "$ROOT" && pwd)
 # shellcheck source-path=SCRIPTDIR source=../../scripts/launch.sh
 source "$ROOT/scripts/launch.sh"
 
 PRESET=${PRESET:-math}
-OUTPUT=${OUTPUT:-$ROOT/outputs/$PRESET}
+OUTPUT=${OUTPUT:-$ROOT/outputs/$(basename "$PRESET" .args)}
 TP=${TP:-1}
 PP=${PP:-1}
+[[ $TP =~ ^[1-9][0-9]*$ && $PP =~ ^[1-9][0-9]*$ ]] || refuse "TP, PP: '$TP' and '$PP' are not both numbers"
+[[ " $* " != *" --save"[\ =]* ]] || refuse "--save: say OUTPUT=DIR, where this script looks for how the run ended"
 [ -f "$PRESET" ] || PRESET=$ROOT/examples/qwen2_5/presets/$PRESET.args
 
 # A requeued or repeated job goes on from the checkpoints that it finds there.

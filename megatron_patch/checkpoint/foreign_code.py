@@ -1,16 +1,19 @@
-"""No checkpoint runs code: what upstream would unpickle is looked at first, and everything else is read weights-only.
+"""No checkpoint runs code, whichever flag names it and whatever its files are called.
 
-A torch_dist checkpoint's ``.metadata`` is a pickle that torch loads as it is (torch/distributed/checkpoint/filesystem.py:930), and its
-objects are loaded with ``weights_only=False`` (default_planner.py:387). The names a pickle asks for are read here without running it; for
-the objects ``FORCE`` makes every ``torch.load`` of the process weights-only, with megatron-core's list of safe classes.
+A torch_dist checkpoint's index is a pickle that torch loads as it is, ``.metadata`` or else ``__<rank>.metadata``
+(torch/distributed/checkpoint/filesystem.py:930), and its objects are loaded with ``weights_only=False`` (default_planner.py:387). From
+``forbid`` on, torch's reader knows the classes of an index alone, and every ``torch.load`` of the process is weights-only, with
+megatron-core's list of safe classes.
 """
 
 import os
 import pickle  # to refuse with: nothing is unpickled that is not on the list
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, BinaryIO
 
 import torch
+from torch.distributed.checkpoint import filesystem
 
 FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 _CHECKPOINT = "torch.distributed.checkpoint."
@@ -38,20 +41,23 @@ class _Known(pickle.Unpickler):
 
 
 def foreign_code(checkpoint: Path) -> str | None:
-    """What in a checkpoint would run code when it is loaded, in a few words; None when nothing would. OSError if it cannot be read."""
-    path = checkpoint / ".metadata"
-    if not path.exists():
-        return None
-    try:
-        with path.open("rb") as file:
-            _Known(file).load()
-    except OSError:
-        raise  # which says nothing about what is in it
-    except Exception as error:  # whatever a damaged pickle brings about
-        return f".metadata cannot be read: {error}"
+    """What in a checkpoint asks for more than an index has, in a few words; None when nothing does. OSError if it cannot be read."""
+    for path in sorted(checkpoint.glob("*.metadata")):
+        try:
+            with path.open("rb") as file:
+                _load(file)
+        except OSError:
+            raise  # which says nothing about what is in it
+        except Exception as error:  # whatever a damaged pickle brings about
+            return f"{path.name} cannot be read: {error}"
     return None
 
 
+def _load(file: BinaryIO) -> Any:
+    return _Known(file).load()
+
+
 def forbid() -> None:
-    """From now on every ``torch.load`` of this process is weights-only."""
+    """From now on no load of this process runs code."""
     os.environ[FORCE] = "1"
+    filesystem.pickle = SimpleNamespace(load=_load, dump=pickle.dump)  # type: ignore[assignment]

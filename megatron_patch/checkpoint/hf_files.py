@@ -247,6 +247,18 @@ def make_temporary_folder(out: Path) -> None:
     temporary.mkdir(parents=True)
 
 
+def rejected_folder(out: Path) -> Path:
+    """Where an export goes that was found to be wrong."""
+    return out.with_name(f"{out.name}.rejected")
+
+
+def set_aside(out: Path) -> None:
+    """Give what was written the name of what is wrong, in place of an earlier one of that name."""
+    if rejected_folder(out).exists():
+        shutil.rmtree(rejected_folder(out))
+    temporary_folder(out).rename(rejected_folder(out))
+
+
 def publish(out: Path) -> None:
     """The one rename that makes ``out`` exist; an earlier one is moved aside before it and removed after it."""
     temporary = temporary_folder(out)

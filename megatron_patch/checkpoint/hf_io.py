@@ -33,6 +33,7 @@ from megatron_patch.checkpoint.hf_files import (
     read_checkpoint,
     read_config,
     refuse_foreign_folder,
+    set_aside,
     temporary_folder,
     write_json,
     write_safetensors,
@@ -52,6 +53,7 @@ from megatron_patch.checkpoint.hf_mapping import (
     merge_shards,
     shard_pieces,
 )
+from megatron_patch.errors import AgreedError
 
 DEFAULT_SHARD_BYTES = 5 * 10**9  # the size that the Hub's tools use
 
@@ -117,6 +119,7 @@ def save_hf_weights(
     source_hf_path: str | Path,
     dtype: torch.dtype = torch.bfloat16,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    check: Callable[[Path], None] = lambda written: None,
 ) -> None:
     """Write a Megatron model as a Hugging Face checkpoint; a collective over all ranks.
 
@@ -128,11 +131,16 @@ def save_hf_weights(
         source_hf_path: the checkpoint that the model came from: config.json, generation config and tokenizer files are taken from it.
         dtype: of the written tensors.
         max_shard_bytes: upper bound of one file's tensors in bytes; a larger tensor gets a file of its own.
+        check: looks at what was written before it gets its name, on every rank; what it raises leaves that as ``<out_dir>.rejected``
+            and an earlier export as it was.
 
     Raises:
-        ValueError: on every rank: out_dir holds something else, the dtype cannot be stored, the model and config.json do not match.
+        ValueError: on every rank: out_dir holds something else or is the source, the dtype cannot be stored, the model and config.json
+            do not match.
     """
     out, source = Path(out_dir), Path(source_hf_path)
+    if out.resolve() == source.resolve():
+        raise ValueError(f"{out} is where the model came from: it is not overwritten")
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype} cannot be exported; one of {', '.join(map(str, DTYPES))}")
     config = read_config(source)
@@ -144,6 +152,11 @@ def save_hf_weights(
     _write_stage(model_chunks, shape, temporary, files, dtype)
     torch.distributed.barrier()  # every stage's files are on disk
     _on_rank_zero(lambda: _add_other_files(temporary, source, config, files, dtype))
+    try:
+        check(temporary)
+    except AgreedError:
+        _on_rank_zero(lambda: set_aside(out))
+        raise
     _on_rank_zero(lambda: publish(out))
 
 

@@ -80,10 +80,12 @@ def damage(checkpoint: Path, hashes: HashFiles = hash_files) -> str | None:
     if not checkpoint.is_dir():
         return "there is no such folder"
     if not (checkpoint / MANIFEST).exists():
-        return f"it has no {MANIFEST}: the save did not finish"
+        return f"it has no {MANIFEST}: the save did not finish, or it is none of ours"
     try:
         recorded: dict[str, str] = read_json(checkpoint / MANIFEST, "the list of a checkpoint's files")["files"]
     except (ValueError, KeyError):
+        recorded = {}
+    if not isinstance(recorded, dict) or ".metadata" not in recorded:
         return f"{MANIFEST} is damaged"
     found = hashes([checkpoint / name for name in recorded])
     wrong = [f"{name} is {'damaged' if name in found else 'missing'}" for name in recorded if found.get(name) != recorded[name]]
@@ -114,9 +116,10 @@ def _listed(found: Collection[int]) -> str:
 def recover(folder: Path, hashes: HashFiles = hash_files) -> list[str]:
     """For a run's own folder: afterwards its tracker names the newest whole checkpoint, and nothing damaged has a checkpoint's name.
 
-    What the tracker names is taken if it is whole, so that a user may go back by editing it. Otherwise the newest whole one is, and the
-    tracker rewritten; damaged ones, renamed to ``<name>.damaged``, stay for whoever wants to look at them. A newer folder than the one
-    taken, whole or not, is left for the run to write over.
+    What the tracker names is taken if it is whole, so that a user may go back by editing it. Otherwise the newest whole one before it is
+    (the newest of all where there is none before it or the tracker names nothing), and the tracker rewritten; damaged ones, renamed to
+    ``<name>.damaged``, stay for whoever wants to look at them. A newer folder than the one taken, whole or not, is left for the run to
+    write over.
 
     Returns:
         One line for each thing that was not as it should be.
@@ -130,7 +133,8 @@ def recover(folder: Path, hashes: HashFiles = hash_files) -> list[str]:
         return []
     lines = [] if named is not None else [f"{folder / TRACKER} names no checkpoint"]
     damaged: list[Path] = []
-    for step in ([named] if named is not None else []) + [step for step in found if step != named]:
+    order = found if named is None else sorted({named, *found}, key=lambda step: (step != named, step > named, -step))
+    for step in order:
         complaint = damage(folder_of(folder, step), hashes)
         if complaint is None:
             break

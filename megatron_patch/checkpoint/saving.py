@@ -10,7 +10,9 @@ the run stops with one line or, with ``--continue-on-save-failure``, goes on.
 
 import argparse
 import shutil
-from collections.abc import Callable, Collection
+import time
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import torch
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_patch.checkpoint import saved
+from megatron_patch.checkpoint.foreign_code import foreign_code
 from megatron_patch.checkpoint.shared_hashes import gather_own, led_by_rank_zero
 from megatron_patch.errors import AgreedError
 
@@ -42,15 +45,19 @@ class Saving:
         self._verified: set[Path] = set()
         self._complaint: str | None = None  # of a write that rank 0 does alone
         self._hashes: dict[str, str] = {}  # on rank 0: of the files that the save at hand has written
+        self._last: int | None = None  # step of the last save that did not fail, finished or not
+        self._writing: list[int] = []  # steps whose saves have not come to their end
 
     def before_load(self) -> None:
         """What will be loaded is whole. AgreedError if it cannot be. Collective."""
+        started = time.perf_counter()
         chosen, lines = led_by_rank_zero(self._look)
-        for line in lines if torch.distributed.get_rank() == 0 else ():
-            self.say(line)
         if chosen is not None:
             assert self.load is not None
             self._verified.add(saved.folder_of(self.load, chosen).resolve())
+            lines = [*lines, f"going on from step {chosen} (checksums compared in {time.perf_counter() - started:.1f} s)"]
+        for line in lines if torch.distributed.get_rank() == 0 else ():
+            self.say(line)
 
     def _look(self, hashes: saved.HashFiles) -> tuple[int | None, list[str]]:
         """The step that will be loaded, None if there is no checkpoint, and what was not as it should be."""
@@ -78,6 +85,8 @@ class Saving:
             """The same. Collective."""
             writer.finish = self.kept(writer.finish)  # rank 0 alone calls it, and the others wait for what comes after
             upstream(writer, *args, **kwargs)
+            if torch.distributed.get_rank() == 0 and self._complaint is None:
+                self._complaint = foreign_code(Path(writer.path))  # found now, and not when it is needed
             self._hashes = gather_own(Path(writer.path))
 
         return save_state_dict_async_finalize
@@ -104,13 +113,18 @@ class Saving:
 
         def save_checkpoint(iteration: int, *args: Any, **kwargs: Any) -> None:
             """Saved, or cleared away again. Collective."""
-            if self.own and iteration == self.args.iteration:
-                return  # nothing was trained since this checkpoint was loaded: it is not written over
+            if iteration == self._last or (self.own and iteration == self.args.iteration):
+                return  # nothing was trained since this checkpoint was saved or loaded: it is not written over
             self._prune()
             before = self._tracked()
+            self._writing.append(iteration)
             complaint = self._agreed(self._probe(iteration)) or self._agreed(self._attempt(lambda: upstream(iteration, *args, **kwargs)))
             if complaint:
-                self._failed(iteration, before, complaint)
+                self._failed([iteration], before, complaint)
+            else:
+                self._last = iteration
+            if complaint or not self.args.async_save:
+                self._writing.remove(iteration)
             self._prune()
 
         return save_checkpoint
@@ -128,7 +142,9 @@ class Saving:
             before = self._tracked()
             complaint = self._agreed(self._attempt(lambda: upstream(*args, **kwargs)))
             if complaint:
-                self._failed(None, before, complaint)
+                self._failed(self._writing, before, complaint)
+            if complaint or is_empty_async_queue():
+                self._writing = []
             self._prune()
 
         return maybe_finalize_async_save
@@ -169,19 +185,20 @@ class Saving:
         torch.distributed.all_gather_object(everywhere, complaint)
         return max(filter(None, everywhere), key=lambda told: told != _NO_DETAIL, default=None)
 
-    def _failed(self, iteration: int | None, before: int | None, complaint: str) -> None:
-        """Clear away what is there of a save that failed; stop, or say that the run goes on."""
+    def _failed(self, written: Sequence[int], before: int | None, complaint: str) -> None:
+        """Clear away what is there of saves that failed; stop, or say that the run goes on."""
         assert self.folder is not None
         complaint += f"; {shutil.disk_usage(self.folder).free / 2**20:.0f} MiB were left on that disk"
         if torch.distributed.get_rank() == 0:
-            if before is not None and saved.tracked_step(self.folder) != before:
-                saved.write_tracker(self.folder, before)
-            elif before is None:
-                (self.folder / saved.TRACKER).unlink(missing_ok=True)
-            for step in saved.steps(self.folder):
-                if step == iteration or (iteration is None and (before is None or step > before)):
-                    shutil.rmtree(saved.folder_of(self.folder, step), ignore_errors=True)
-        which = "a checkpoint" if iteration is None else f"the checkpoint of step {iteration}"
+            for step in set(written) - {before}:
+                shutil.rmtree(saved.folder_of(self.folder, step), ignore_errors=True)
+            with suppress(OSError):  # a tracker that names what is gone is mended at the next start
+                if before is None:
+                    (self.folder / saved.TRACKER).unlink(missing_ok=True)
+                elif saved.tracked_step(self.folder) != before:
+                    saved.write_tracker(self.folder, before)
+        self._last = None if self._last in written else self._last
+        which = f"the checkpoint of step {' or '.join(map(str, written))}"
         if not self.go_on:
             raise AgreedError(
                 f"{which} could not be saved in {self.folder}: {complaint}. What was saved before is untouched: mend that and start the "

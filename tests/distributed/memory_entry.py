@@ -67,7 +67,7 @@ def main(out: str) -> None:
     from megatron_patch.memory_plan import plan_stage
     from megatron_patch.streams import full_pass, sample_set
 
-    planned = [plan_stage(args, model_config(args, []), stage) for stage in range(args.pipeline_model_parallel_size)]
+    planned = [plan_stage(args, model_config(args, []), stage, micro_batches=16) for stage in range(args.pipeline_model_parallel_size)]
     torch_adam.install()
     config = pretrain_cfg_container_from_args(args, model_config(args, []))
     initialize_megatron()

@@ -49,13 +49,14 @@ def test_an_export_that_is_not_the_model_is_found(bench: Bench) -> None:
     save = bench.folder("wrong-export")
     run = bench.attempt("tp2", save, bench.reference(), alter="wrong_export")
     (error,) = run.errors
-    assert 2 in run.codes and f"{save}/hf: transformers' log-probs of this export differ from the model's" in error
+    assert 2 in run.codes and "transformers' log-probs of this export differ from the model's" in error
+    assert not (save / "hf").exists() and (save / "hf.rejected/model.safetensors").exists()  # nobody takes it for the model
 
 
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
-        (("--step", 7), "iter_0000007 cannot be loaded: there is no such folder; say --ckpt-step with another (there are 10, 5)"),
+        (("--step", 7), "no checkpoint of step 7; there are 10, 5"),
         (("--best",), "best.json: the best evaluation of a run with --best-metric is missing"),
     ],
 )

@@ -37,12 +37,13 @@ def test_a_plan_for_gpus_that_are_not_here(tmp_path: Path, model: Path) -> None:
     assert lines[1].startswith("[plan] layout: 16 processes, TP 4 x PP 1 x CP 1 x DP 4, bfloat16, --sequence-parallel, --use-distributed")
     assert lines[2].startswith("[plan] a step: 64 samples, 16 on each data-parallel rank")
     numbers = re.findall(r"[\d,.]+", lines[4].partition("stage 0")[2])
-    weights, gradients, optimizer, _, _, total, parameters = (float(number.replace(",", "")) for number in numbers)
+    weights, gradients, optimizer, activations, logits, update, total, parameters = (float(number.replace(",", "")) for number in numbers)
     config = json.loads((CONFIGS / "7B.json").read_text())
     norms = config["hidden_size"] * (2 * config["num_hidden_layers"] + 1)
     assert parameters == pytest.approx((7_615_616_512 - norms) / 4 + norms)  # norms are on every rank
     assert weights == pytest.approx(2 * parameters / GIB, abs=0.01) and gradients == pytest.approx(4 * parameters / GIB, abs=0.01)
-    assert optimizer == pytest.approx(12 * parameters / 4 / GIB, abs=0.02) and weights + gradients + optimizer < total < 72
+    assert optimizer == pytest.approx(12 * parameters / 4 / GIB, abs=0.02) and update == pytest.approx(optimizer / 3, abs=0.01)
+    assert total == pytest.approx(weights + gradients + optimizer + max(activations + logits, update), abs=0.03) and total < 72
     assert lines[-1] == "[plan] nothing was started (--dry-run)"
 
 
@@ -56,6 +57,34 @@ def test_what_does_not_fit_is_refused_with_what_does(tmp_path: Path, model: Path
     assert float(needed) <= 72
     *_, stage, _ = plan(tmp_path / "run", *flags, GPU_MEMORY_GB="80", TP=tp, PP=pp)
     assert f"{float(needed):.1f}" == f"{float(re.search(r'([0-9.]+)   [0-9,]+ parameters', stage)[1]):.1f}"
+
+
+@pytest.mark.full
+def test_one_layer_is_recomputed_at_a_time_in_blocks_too(tmp_path: Path, model: Path) -> None:
+    """Blocks of all layers are what units of one layer are."""
+    flags = ("--hf-path", model, "--global-batch-size", 64, "--recompute-granularity", "full")
+    plans = [
+        plan(tmp_path / "run", *flags, "--recompute-method", *method, GPU_MEMORY_GB="80", NPROC_PER_NODE="8", TP="4")
+        for method in (("uniform", "--recompute-num-layers", 1), ("block", "--recompute-num-layers", 28))
+    ]
+    assert plans[0] == plans[1]
+
+
+@pytest.mark.full
+def test_no_more_micro_batches_are_kept_than_a_step_has(tmp_path: Path, model: Path) -> None:
+    """Four stages: the first keeps four where a step has as many, one where it has one."""
+    kept = {}
+    for batch in (4, 1):
+        lines = plan(tmp_path / "run", "--hf-path", model, "--global-batch-size", batch, GPU_MEMORY_GB="160", NPROC_PER_NODE="4", PP="4")
+        kept[batch] = float(next(line for line in lines if "] stage 0" in line).split("|")[1].split()[0])
+    assert kept[4] == pytest.approx(4 * kept[1], rel=0.01)
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("flags", [("--optimizer", "sgd"), ("--use-precision-aware-optimizer",)])
+def test_what_is_not_counted_is_refused(tmp_path: Path, model: Path, flags: tuple[str, ...]) -> None:
+    (error,) = plan(tmp_path / "run", "--hf-path", model, *flags, code=2, GPU_MEMORY_GB="80")
+    assert f"--dry-run does not count what {flags[0]} makes" in error
 
 
 @pytest.mark.full

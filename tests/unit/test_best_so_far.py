@@ -20,6 +20,9 @@ def test_losses_fall_and_everything_else_rises():
     yes, no = (True, False), (False, False)
     assert follow(BestSoFar("eval_loss", None, 1), "eval_loss", [3.0, 2.0, 2.0, 1.0]) == [yes, yes, no, yes]
     assert follow(BestSoFar("eval_rewards/accuracies", None, 1), "eval_rewards/accuracies", [0.5, 0.4, 0.6]) == [yes, no, yes]
+    assert follow(BestSoFar("eval_lpo/loss_without_anchor", None, 1), "eval_lpo/loss_without_anchor", [1.0, 2.0]) == [yes, no]
+    assert follow(BestSoFar("eval_logps/rejected", None, 1), "eval_logps/rejected", [-3.0, -2.0, -4.0]) == [yes, no, yes]
+    assert follow(BestSoFar("eval_logps/chosen", None, 1), "eval_logps/chosen", [-3.0, -2.0, -4.0]) == [yes, yes, no]
 
 
 def test_patience_counts_evaluations_without_a_better_one():
@@ -27,10 +30,13 @@ def test_patience_counts_evaluations_without_a_better_one():
     assert stops == [False, False, False, False, True, False]
 
 
-def test_nan_is_never_better():
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_never_better(bad):
     watch = BestSoFar("eval_loss", "eval_loss", 2)
-    assert follow(watch, "eval_loss", [math.nan, 2.0, math.nan, math.nan]) == [(True, False), (True, False), (False, False), (False, True)]
+    assert follow(watch, "eval_loss", [bad, 2.0, bad, bad]) == [(False, False), (True, False), (False, False), (False, True)]
     assert watch.best == (20, "eval_loss", 2.0)
+    watch = BestSoFar("eval_loss", "eval_loss", 2)
+    assert follow(watch, "eval_loss", [bad, bad]) == [(False, False), (False, True)] and watch.best is None
 
 
 def test_goes_on_after_a_checkpoint():

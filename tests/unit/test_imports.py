@@ -27,11 +27,11 @@ INWARD = {
     "loop_hooks": {"best_so_far", "checkpoint", "data", "errors", "model", "throughput"},
     "best_so_far": set(),
     "checksums": {"checkpoint", "data"},
-    "run_record": {"checkpoint", "data"},
+    "run_record": {"data", "streams"},
     "refusals": {"arguments", "checkpoint", "data", "preference"},
     "streams": {"checkpoint", "data", "model", "objectives", "throughput"},
     "built_model": {"checkpoint", "loop_hooks", "model", "refusals", "streams"},
-    "scoring": {"built_model", "data", "errors", "evaluation", "forward_step", "refusals"},
+    "scoring": {"built_model", "checkpoint", "data", "errors", "evaluation", "forward_step", "refusals"},
     "run": {
         "arguments", "best_so_far", "built_model", "checkpoint", "checksums", "data", "errors", "evaluation", "forward_step", "loop_hooks",
         "model", "objectives", "preference", "refusals", "run_record", "scoring", "step_checks", "streams",
@@ -39,6 +39,7 @@ INWARD = {
     "memory_plan": {"data", "model", "preference"},
     "dry_run": {"built_model", "checkpoint", "memory_plan", "model", "refusals", "run"},
     "cpu_backend": set(),
+    "display": set(),
     "transfer": set(),
 }  # fmt: skip
 # What these may import from outside, besides Python's own library; where the value is False, only inside a function.

@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from megatron_patch.data.atomic_files import atomic_path
+from megatron_patch.display import visible
 from toolkits.lpo_data_preprocessing.records import ExampleParser, refuse_existing
 from toolkits.lpo_data_preprocessing.store_page import page
-from toolkits.lpo_data_preprocessing.store_view import Part, Sample, StoreView, histogram, quantiles, visible
+from toolkits.lpo_data_preprocessing.store_view import Part, Sample, StoreView, histogram, quantiles
 
 _BAR = 40  # characters
 _STYLES = {"prompt": "2", "chosen": "32", "response": "32", "text": "32", "rejected": "31", "end": "1;33", "control": "36"}  # SGR codes

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from toolkits.lpo_data_preprocessing.html_page import document, facts, safe
-from toolkits.lpo_data_preprocessing.store_view import Part, Sample, StoreView, histogram, quantiles, visible
+from megatron_patch.display import document, facts, safe, visible
+from toolkits.lpo_data_preprocessing.store_view import Part, Sample, StoreView, histogram, quantiles
 
 _STYLE = """
 .lengths { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 1.5rem 2.5rem; align-items: start; }
@@ -43,7 +43,7 @@ def page(view: StoreView, samples: Sequence[Sample]) -> str:
     """The whole page, with these samples on it."""
     name = visible(str(view.store.prefix))
     body = f"""<h1>{safe(name)}: {len(view)} {view.unit}s</h1>
-{facts({visible(term): visible(value) for term, value in view.facts().items()})}
+{facts((visible(term), visible(value)) for term, value in view.facts().items())}
 <h2>Lengths</h2>
 <div class="lengths">{_table(view.lengths())}{_drawing(*list(view.lengths().items())[-1], view.unit)}</div>
 <h2>{_some(len(samples), len(view), view.unit)}</h2>
@@ -99,7 +99,7 @@ def _article(sample: Sample, unit: str) -> str:
 
 def _part(part: Part) -> str:
     wide = "" if part.name in ("chosen", "rejected") else " wide"
-    return f"""<section class="part {part.name}{wide}"><b>{part.name}</b> <span class="soft">{' · '.join(part.measures())}</span>
+    return f"""<section class="part {part.name}{wide}"><b>{part.name}</b> <span class="soft">{" · ".join(part.measures())}</span>
 <pre>
 {"".join(_body(part))}</pre></section>"""
 

@@ -232,8 +232,3 @@ def quantiles(lengths: np.ndarray) -> dict[str, int]:
     """Shortest, median, nine tenths and longest, in tokens: each a length that is there (the lower one of two)."""
     at = {"min": 0.0, "median": 0.5, "p90": 0.9, "max": 1.0}
     return {name: int(np.quantile(lengths, q, method="lower")) for name, q in at.items()}
-
-
-def visible(text: str) -> str:
-    """The text with control characters but newline and tab spelled out: data must not steer a terminal."""
-    return "".join(c if c in "\n\t" or not (ord(c) < 32 or 127 <= ord(c) < 160) else f"\\x{ord(c):02x}" for c in text)

@@ -78,3 +78,16 @@ def test_a_rank_that_was_killed_is_the_first() -> None:
 def test_nodes_that_did_not_meet() -> None:
     log = "Traceback (most recent call last):\ntorch.distributed.elastic.rendezvous.api.RendezvousTimeoutError\n"
     assert explain(log)[0].startswith("not all nodes of the job met in time: can they reach the first one")
+
+
+def test_of_several_nodes_the_one_whose_rank_was_killed_speaks() -> None:
+    """Every node's torchrun sums up, and the other nodes may be first."""
+    lost = SUMMARY.replace("rank      : 1 ", "rank      : 0 ").replace("-11 (pid: 28027)  (SIGSEGV)", "1 (pid: 7)")
+    victim = SUMMARY.replace("rank      : 1 ", "rank      : 3 ").replace("-11 (pid", "-9 (pid")
+    log = traceback(0, "RuntimeError: Connection closed by peer") + lost + victim
+    assert explain(log)[0].startswith("rank 3: killed by SIGKILL")
+
+
+def test_a_node_that_cannot_be_reached() -> None:
+    error = "torch.distributed.elastic.rendezvous.api.RendezvousConnectionError: The connection to the C10d store has failed.\n"
+    assert "cannot reach the first one" in explain(traceback(0, error.strip()))[0]

@@ -13,8 +13,9 @@ import pytest
 from toolkit_helpers import ROOT, files, record, write_jsonl
 
 from megatron_patch.data.pair_store import PairStore, PairStoreWriter, write_reference_logps
+from megatron_patch.display import visible
 from toolkits.lpo_data_preprocessing import build_pairs, inspect
-from toolkits.lpo_data_preprocessing.store_view import histogram, quantiles, visible
+from toolkits.lpo_data_preprocessing.store_view import histogram, quantiles
 from toolkits.lpo_data_preprocessing.tokenise import ChatTokenizer
 
 EVIL = '</pre><script>alert("x")</script><img src=http://a.b/c>'

@@ -18,10 +18,11 @@
 set -euo pipefail
 
 ROOT=$(dirname "${BASH_SOURCE[0]}")/../../.. # SLURM runs a copy in its spool, but knows where the file was
-[ -f "$ROOT/scripts/launch.sh" ] || ROOT=$(dirname "$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(.*\.sh\).*|\1|p')")/../../..
+[ -f "$ROOT/scripts/launch.sh" ] || ROOT=$(dirname "$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(.*/gene_lpo_lam_cand\.sh\).*|\1|p')")/../../..
 ROOT=$(cd "$ROOT" && pwd)
 # shellcheck source-path=SCRIPTDIR source=../../../scripts/launch.sh
 source "$ROOT/scripts/launch.sh"
+[ "$PLAN" = 0 ] || refuse "--dry-run is for training: examples/qwen2_5/run_mcore_qwen_xpo.sh"
 
 : "${INPUT:?set INPUT to a file, folder or glob of prompts and answers}" "${HF_PATH:?set HF_PATH to the fine-tuned Hugging Face checkpoint}"
 OUTPUT=${OUTPUT:-$ROOT/outputs/pairs} STAGES=${STAGES:-normalise candidates select build_pairs reference_logps} SEED=${SEED:-1} N=${N:-1}

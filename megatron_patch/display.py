@@ -1,13 +1,13 @@
-"""A page of ours: one file that fetches nothing, light or dark as the reader's system is.
+"""What people look at: a page of ours is one file that fetches nothing, light or dark as the reader's system is.
 
-All that comes from data passes through ``safe``; should something slip through all the same, the page's content policy allows no script
-but its own (by hash) and no request at all.
+All that comes from data passes through ``safe`` on its way into a page, and through ``visible`` on its way to a terminal; should something
+slip through all the same, the page's content policy allows no script but its own (by hash) and no request at all.
 """
 
 import base64
 import hashlib
 import html
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 _STYLE = """
 :root { color-scheme: light dark; --paper: #fbfbfa; --card: #fff; --ink: #1d2125; --soft: #646c75; --line: #dfe2e6;
@@ -33,6 +33,11 @@ def safe(text: str) -> str:
     return html.escape(text)
 
 
+def visible(text: str) -> str:
+    """The text with control characters but newline and tab spelled out: data must not steer a terminal."""
+    return "".join(c if c in "\n\t" or not (ord(c) < 32 or 127 <= ord(c) < 160) else f"\\x{ord(c):02x}" for c in text)
+
+
 def document(title: str, body: str, *, style: str = "", script: str = "", pictures: bool = False) -> str:
     """The whole page: ``title`` is text, ``body`` is HTML, possibly with ``pictures`` in it; ``style`` comes after the common one."""
     policy = f"default-src 'none';{' img-src data:;' if pictures else ''} style-src 'unsafe-inline'"
@@ -54,6 +59,6 @@ def document(title: str, body: str, *, style: str = "", script: str = "", pictur
 """
 
 
-def facts(of: Mapping[str, str]) -> str:
-    """Terms and their values, as a list."""
-    return f"<dl>{''.join(f'<dt>{safe(term)}</dt><dd>{safe(value)}</dd>' for term, value in of.items())}</dl>"
+def facts(of: Iterable[tuple[str, str]]) -> str:
+    """Terms and their values, as a list; a term may stand there several times."""
+    return f"<dl>{''.join(f'<dt>{safe(term)}</dt><dd>{safe(value)}</dd>' for term, value in of)}</dl>"
