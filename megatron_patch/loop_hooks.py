@@ -17,7 +17,7 @@ import torch
 from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies import state_dict_saver as saver
-from megatron.training import checkpointing, get_args, initialize
+from megatron.training import checkpointing, get_args, global_vars, initialize
 from megatron.training import training as mt
 from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
 
@@ -190,6 +190,28 @@ def _show_elsewhere(values: dict[str, float], iteration: int) -> None:
         wandb.log(values, iteration)
 
 
+class Tolerant:
+    """A writer that falls silent where its disk is full: it must not end the one rank that writes while the others wait for it."""
+
+    def __init__(self, writer: Any, say: Callable[[str], None]) -> None:
+        self._writer, self._say, self._silent = writer, say, False
+
+    def __getattr__(self, name: str) -> Any:
+        """A method of the writer, which says why it failed, once."""
+        method = getattr(self._writer, name)
+
+        def attempted(*args: Any, **kwargs: Any) -> Any:
+            if self._silent:
+                return None
+            try:
+                return method(*args, **kwargs)
+            except OSError as error:
+                self._silent = True
+                return self._say(str(error))
+
+        return attempted if callable(method) else method
+
+
 def _evaluate_and_print(_: Callable, state: LoopState) -> Callable:
     """One full pass over the validation stores; upstream's own prints a perplexity of every metric and evaluates twice at the end."""
 
@@ -266,6 +288,10 @@ def _initialize(upstream: Callable, state: LoopState) -> Callable:
     def initialize_megatron(*args: Any, **kwargs: Any) -> None:
         """Upstream's, then a look at what will be loaded: the first moment at which all ranks can do that together."""
         upstream(*args, **kwargs)
+        if global_vars._GLOBAL_TENSORBOARD_WRITER is not None:
+            global_vars._GLOBAL_TENSORBOARD_WRITER = Tolerant(global_vars._GLOBAL_TENSORBOARD_WRITER, lambda why: state.console(
+                f"[{state.mode}] TensorBoard writes no more: {why}"
+            ))  # fmt: skip
         if state.saving:
             state.saving.before_load()
 

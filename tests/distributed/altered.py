@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import runpy
+import signal
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -139,6 +140,38 @@ def unwritable_index() -> None:
     FileSystemWriterAsync.finish = finish
 
 
+def killed_while_saving() -> None:
+    """The process dies, and its helpers with it, between the tensors of step 6 and their index."""
+    import psutil
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    original = FileSystemWriterAsync.finish
+
+    def finish(self: Any, *args: Any) -> None:
+        if self.path.name == "iter_0000006":
+            for helper in psutil.Process().children():
+                helper.kill()
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(self, *args)
+
+    FileSystemWriterAsync.finish = finish
+
+
+def recorded_reads() -> None:
+    """Append a line for every slice of a Hugging Face tensor that a rank reads to ``$BATCH_LOG.<rank>``."""
+    from megatron_patch.checkpoint.hf_files import SliceReader
+
+    original = SliceReader.__call__
+    path = f"{os.environ['BATCH_LOG']}.{os.environ['RANK']}"
+
+    def noted(self: SliceReader, piece: Any) -> torch.Tensor:
+        with open(path, "a", encoding="utf-8") as stream:
+            stream.write(f"{piece.hf_name}\n")
+        return original(self, piece)
+
+    SliceReader.__call__ = noted
+
+
 def recorded_hashing() -> None:
     """Append the name of every file whose SHA-256 a rank computes for a checkpoint to ``$BATCH_LOG.<rank>``."""
     from megatron_patch.checkpoint import saved
@@ -155,7 +188,8 @@ def recorded_hashing() -> None:
 
 
 _ALL = (
-    unsaved, recorded, recorded_stores, shifted_mask, nan_response, exported_gradients, wrong_export, unwritable_index, recorded_hashing,
+    unsaved, recorded, recorded_stores, shifted_mask, nan_response, exported_gradients, wrong_export, unwritable_index,
+    killed_while_saving, recorded_reads, recorded_hashing,
 )  # fmt: skip
 ALTERATIONS = {alteration.__name__: alteration for alteration in _ALL}
 

@@ -163,3 +163,16 @@ def test_an_unknown_metric_is_named(bench: Bench) -> None:
     run = bench.attempt("pp2", save, data, "--valid-pair-data", data, "--eval-interval", 1, "--best-metric", "eval_accuracy")
     (error,) = run.errors
     assert set(run.codes) == {2} and "'eval_accuracy'" in error and "eval_rewards/accuracies" in error
+
+
+def test_one_replica_reads_the_weights(bench: Bench) -> None:
+    """The other receives them, and a run that goes on reads none; both say what it took."""
+    save, flags = bench.folder("reads"), ("--save-interval", 2, "--no-parity-check")
+    run = bench.attempt("dp2-do", save, bench.reference(), *flags, "--train-iters", 2, alter="recorded_reads")
+    assert run.ok and re.search(r"\[xpo\] weights: [\d.]+ GiB of rank 0 read in [\d.]+ s, sent to its other replicas in", run.output)
+    assert re.search(r"\[xpo\] fingerprint of the initial weights: [\d.]+ s", run.output)
+    reads = Path(f"{save}.batches.0").read_text().splitlines()
+    assert "model.embed_tokens.weight" in reads and not Path(f"{save}.batches.1").exists()
+    run = bench.attempt("dp2-do", save, bench.reference(), *flags, "--train-iters", 3, "--load", save, alter="recorded_reads")
+    assert run.ok and "[xpo] weights:" not in run.output and "[xpo] going on from step 2 (checksums compared in" in run.output
+    assert Path(f"{save}.batches.0").read_text().splitlines() == reads and not Path(f"{save}.batches.1").exists()

@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -111,7 +112,13 @@ def into_an_object(folder: Path, payload: Payload) -> None:
     (folder / ".metadata").write_bytes(pickle.dumps(index))
 
 
-@pytest.mark.parametrize("put", [into_the_index, into_an_object])
+def into_a_ranks_index(folder: Path, payload: Payload) -> None:
+    """Which torch reads where the other cannot be read."""
+    (folder / "__0.metadata").write_bytes(pickle.dumps(payload))
+    (folder / ".metadata").write_bytes(pickle.dumps(None))
+
+
+@pytest.mark.parametrize("put", [into_the_index, into_a_ranks_index, into_an_object])
 def test_code_in_a_checkpoint_does_not_run(bench: Bench, uninterrupted: Path, put: Callable[[Path, Payload], None]) -> None:
     """Its checksums are right: whoever wrote the code wrote those too."""
     save = killed_after(bench, uninterrupted, 6)
@@ -120,10 +127,32 @@ def test_code_in_a_checkpoint_does_not_run(bench: Bench, uninterrupted: Path, pu
     saved.write_manifest(saved.folder_of(save, 6))
     run = resume(bench, save)
     assert not canary.exists()
-    if put is into_the_index:
+    if put is not into_an_object:
         assert run.ok and "it names posix.system" in run.output and (save / "iter_0000006.damaged").is_dir()
     else:
         assert not run.ok and "Weights only load failed" in run.output
+
+
+@pytest.mark.parametrize("flag", ["--use-checkpoint-args", "--pretrained-checkpoint"])
+def test_code_does_not_run_whoever_reads_it_first(bench: Bench, uninterrupted: Path, flag: str) -> None:
+    """These flags are refused, but the first is followed while flags are parsed."""
+    other = killed_after(bench, uninterrupted, 3)
+    canary = other / "canary"
+    into_the_index(saved.folder_of(other, 3), Payload(canary))
+    saved.write_manifest(saved.folder_of(other, 3))
+    flags = ("--load", other, flag) if flag == "--use-checkpoint-args" else (flag, other)
+    run = bench.attempt("one", bench.folder("reads-anothers"), bench.reference(), *flags, alter="")
+    assert not run.ok and not canary.exists(), run.output[-4000:]
+
+
+@pytest.mark.ci
+def test_another_run_is_not_gone_on_with(bench: Bench, uninterrupted: Path) -> None:
+    """The same folder with another model: its export would be the old one's."""
+    save = killed_after(bench, uninterrupted, 6)
+    run = bench.attempt("one", save, bench.reference("other"), *SAVES, "--load", save, model="other", alter="")
+    (error,) = run.errors
+    assert run.codes == [2] and f"{save} holds the checkpoints of another run: it began with other weights" in error
+    assert saved.steps(save) == [6, 3] and not (save / "hf").exists()
 
 
 def test_empty_tracker(bench: Bench, uninterrupted: Path) -> None:
@@ -147,11 +176,10 @@ def test_killed_between_manifest_and_tracker(bench: Bench, uninterrupted: Path) 
 
 def test_save_killed_half_way(bench: Bench, uninterrupted: Path) -> None:
     """A folder newer than the tracker says, without its end: the run before it goes on and writes over it."""
-    save = killed_after(bench, uninterrupted, 6)
-    saved.write_tracker(save, 3)
-    for name in (saved.MANIFEST, ".metadata"):
-        (saved.folder_of(save, 6) / name).unlink()
-    truncate_largest(saved.folder_of(save, 6))
+    save = bench.folder("killed-while-saving")
+    run = bench.attempt("one", save, bench.reference(), *SAVES, alter="killed_while_saving")
+    assert run.codes == [-signal.SIGKILL] and saved.steps(save) == [6, 3] and saved.tracked_step(save) == 3
+    assert not (saved.folder_of(save, 6) / saved.MANIFEST).exists()
     run = resume(bench, save)
     assert run.ok, run.output[-4000:]
     assert_same_end(save, uninterrupted)

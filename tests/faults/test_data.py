@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_patch.checkpoint import saved
 from megatron_patch.data.pair_store import PairStore
 from tests.distributed import harness
 from tests.distributed.altered import NAN_PAIR
@@ -118,7 +119,9 @@ def test_whole_data_is_verified(bench: Bench) -> None:
 def test_batch_that_new_ranks_cannot_share(bench: Bench) -> None:
     """A run of one process goes on with three, which cannot have equal parts of ten pairs: the flag to change is named."""
     save = bench.folder("three-ranks")
-    argv = [*bench.flags(bench.reference()), "--save", save]
+    assert bench.attempt("one", save, bench.reference(), "--save-interval", 3, "--train-iters", 3, alter="").ok
+    argv = [*bench.flags(bench.reference()), "--save", save, "--load", save]
     run = harness.launch(3, harness.TRAIN, argv, save.with_suffix(".log"), {"LPO_TRACEBACK": ""})
     (error,) = run.errors
+    assert saved.tracked_step(save) == 3 and saved.damage(saved.folder_of(save, 3)) is None
     assert set(run.codes) == {2} and "--global-batch-size 10" in error and "3 data-parallel ranks" in error

@@ -5,11 +5,13 @@ Jobs are started as users start them, with the run script; the judge is the job 
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -22,13 +24,13 @@ from tests.distributed import harness
 from tests.distributed.materials import Bench, tensors
 
 STEPS = 60
-pytestmark = pytest.mark.full
+pytestmark = pytest.mark.ci
 
 
-def start(bench: Bench, output: Path, **more: str) -> subprocess.Popen[str]:
+def start(bench: Bench, output: Path, flags: tuple[object, ...] = (), **more: str) -> subprocess.Popen[str]:
     """The job on two processes, in a session of its own; a checkpoint every ten steps."""
     schedule = ("--train-iters", STEPS, "--lr-warmup-iters", 1, "--save-interval", 10)
-    command = ["bash", *jobs.command(bench.models["tied"], bench.sft, *schedule)]
+    command = ["bash", *jobs.command(bench.models["tied"], bench.sft, *schedule, *flags)]
     environment, pipe = jobs.environment(output, NPROC_PER_NODE="2", **more), subprocess.PIPE
     return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
 
@@ -71,7 +73,7 @@ def assert_goes_on(bench: Bench, output: Path, judge: Path) -> None:
     assert json.loads((output / "run_state.json").read_text()) == {"state": "finished", "iteration": STEPS}
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.full), 1])
 def test_one_rank_is_killed(bench: Bench, undisturbed: Path, rank: int) -> None:
     """As the kernel does when memory runs out."""
     output = bench.folder(f"rank-{rank}-killed")
@@ -108,7 +110,7 @@ def to_its_group(job: subprocess.Popen[str]) -> None:
     os.killpg(job.pid, signal.SIGTERM)
 
 
-@pytest.mark.parametrize("send", [to_the_job, to_its_group])
+@pytest.mark.parametrize("send", [to_the_job, pytest.param(to_its_group, marks=pytest.mark.full)])
 def test_preempted_without_a_warning(bench: Bench, undisturbed: Path, send: Callable[[subprocess.Popen[str]], None]) -> None:
     """SIGTERM, as ``scancel`` and preemption send it: exit code 75, and no process left."""
     output = bench.folder("terminated")
@@ -122,6 +124,7 @@ def test_preempted_without_a_warning(bench: Bench, undisturbed: Path, send: Call
     assert_goes_on(bench, output, undisturbed)
 
 
+@pytest.mark.full
 def test_warned_before_the_time_limit(bench: Bench, undisturbed: Path) -> None:
     """USR1 to the job's shell: saved at the next step, wherever that is."""
     output = bench.folder("warned")
@@ -134,6 +137,63 @@ def test_warned_before_the_time_limit(bench: Bench, undisturbed: Path) -> None:
     assert_goes_on(bench, output, undisturbed)
 
 
+@pytest.mark.full
+def test_warned_before_it_began(bench: Bench) -> None:
+    """While the flags are checked: nothing is started, and the job is to be started again."""
+    output = bench.folder("warned-at-once")
+    job = start(bench, output)
+    while not (output / "logs/train.log").exists():
+        time.sleep(0.01)
+    job.send_signal(signal.SIGUSR1)
+    shown, errors = job.communicate(timeout=120)
+    assert job.returncode == 75 and not (output / "metrics.jsonl").exists(), shown + errors
+
+
+@pytest.mark.full
+def test_warned_while_ranks_start(bench: Bench, undisturbed: Path) -> None:
+    """Nobody listens yet; the warning is repeated until somebody does."""
+    output = bench.folder("warned-early")
+    job = start(bench, output)
+    deadline = time.monotonic() + 60
+    while not ranks(job):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    job.send_signal(signal.SIGUSR1)
+    shown, errors = job.communicate(timeout=120)
+    assert job.returncode == 75 and json.loads((output / "run_state.json").read_text())["state"] == "preempted", shown + errors
+    assert_goes_on(bench, output, undisturbed)
+
+
+@pytest.mark.full
+def test_the_disk_stays_full(bench: Bench, undisturbed: Path, tmp_path: Path) -> None:
+    """Told to go on, the job comes to its end, though it can save nothing, note no step and write no log; otherwise it says why it ends."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs to be allowed to mount")
+    try:
+        for number, flags in enumerate((("--continue-on-save-failure",), ())):
+            output, elsewhere = disk / f"run-{number}", tmp_path / f"hf-{number}"
+            job = start(bench, output, flags=(*flags, "--export-hf", elsewhere))
+            jobs.wait_for_step(output, 12)
+            with suppress(OSError), (disk / "hog").open("wb", buffering=0) as hog:
+                while True:
+                    hog.write(bytes(4096))
+            shown, errors = job.communicate(timeout=120)
+            if flags:
+                assert job.returncode == 0 and "Training goes on; what was saved before is untouched" in shown, shown + errors
+                found, wanted = tensors(elsewhere), tensors(undisturbed / "hf")
+                assert not [name for name, tensor in wanted.items() if not torch.equal(tensor, found[name])]
+            else:
+                assert job.returncode != 0 and "No space left on device" in shown + errors, shown + errors
+            assert saved.tracked_step(output) == 10 and saved.damage(saved.folder_of(output, 10)) is None
+            (disk / "hog").unlink()
+            shutil.rmtree(output)
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+@pytest.mark.full
 def test_torchrun_starts_the_ranks_again(bench: Bench, undisturbed: Path) -> None:
     """``--max-restarts``: nobody has to do anything."""
     output = bench.folder("restarted")

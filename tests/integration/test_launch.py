@@ -55,6 +55,6 @@ def test_usr1_saves_and_the_same_command_goes_on(work: Path) -> None:
     assert [row["iteration"] for row in rows] == list(range(1, last + 1))
     assert json.loads((work / "run/run_state.json").read_text()) == {"state": "finished", "iteration": last}
     assert (work / "run/hf/model.safetensors").exists()
-    *_, exported, compared = shown.splitlines()
+    *_, compared, exported = shown.splitlines()
     assert exported == f"[finetune] Hugging Face checkpoint: {work}/run/hf"
     assert re.fullmatch(r"\[finetune\] parity with transformers: \S+ nats per token on 8 samples of the export", compared)

@@ -15,7 +15,7 @@ from megatron_patch.checkpoint import saved
 
 def make(folder: Path, step: int, *, by_upstream: bool = False, tracked: bool = True, ranks: int = 1) -> Path:
     checkpoint = saved.folder_of(folder, step)
-    checkpoint.mkdir(parents=True)
+    checkpoint.mkdir(parents=True, exist_ok=True)
     (checkpoint / ".metadata").write_bytes(pickle.dumps(Metadata(state_dict_metadata={}, planner_data=str(step))))
     tensors = [f"__{rank}_0.distcp" for rank in range(ranks)] if ranks > 1 else ["__0_0.distcp", "__0_1.distcp"]
     for name in ("metadata.json", *tensors):
