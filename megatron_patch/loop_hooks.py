@@ -17,6 +17,7 @@ import torch
 from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies import state_dict_saver as saver
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.training import checkpointing, get_args, global_vars, initialize
 from megatron.training import training as mt
 from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
@@ -327,6 +328,7 @@ HOOKS = (
     Hook("save_config", _saving("kept"), "core/dist_checkpointing/serialization.py:450 fails on rank 0 alone", serialization),
     Hook("save_state_dict_async_finalize", _saving("hashed"), "state_dict_saver.py:213 the same, and leaves hashing to rank 0", saver),
     Hook("save_integrity_manifest", _manifest, "validation.py:512 the same, and reads one file after another", serialization),
+    Hook("add_finalize_fn", _saving("later"), "training/checkpointing.py:1070 the same, of an asynchronous save's tracker", AsyncRequest),
     Hook("get_write_results_queue", _deaf, "filesystem_async.py:65 starts a process of which saving needs an answer", filesystem_async),
     Hook("init_persistent_async_worker", _deaf, "training/async_utils.py:58 starts those of --async-save", initialize),
     Hook("verify_integrity_manifest", _verify, "validation.py:590 reads again what was read before the start", serialization),

@@ -57,6 +57,7 @@ REFUSED: tuple[tuple[Callable[[argparse.Namespace], object], str], ...] = (
         "--use-checkpoint-args, --pretrained-checkpoint and --non-persistent-ckpt-type are not supported: only --load looks through "
         "a checkpoint before it is used",
     ),
+    (lambda args: args.ckpt_format != "torch_dist", "--ckpt-format {ckpt_format}: checkpoints are torch_dist"),
     (
         lambda args: _same(args.export_hf, args.hf_path),
         "--export-hf {export_hf} is --hf-path: the weights that the run started from would be replaced",

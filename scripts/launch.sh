@@ -104,7 +104,7 @@ alone() {
 # One line a user's error before anything is started. WORLD_SIZE is what the job will have; nothing talks to anybody yet.
 check() {
   local log=$1; shift
-  RANK=0 WORLD_SIZE=$((NNODES * NPROC_PER_NODE)) LOCAL_RANK=0 alone "$PYTHON" "$@" --check >"$log" 2>&1 && return 0
+  WANDB_MODE=disabled RANK=0 WORLD_SIZE=$((NNODES * NPROC_PER_NODE)) LOCAL_RANK=0 alone "$PYTHON" "$@" --check >"$log" 2>&1 && return 0
   local code=$?
   show <"$log"
   grep -q '^\[error\]' "$log" || explain "$log"

@@ -92,9 +92,10 @@ class Saving:
         return save_state_dict_async_finalize
 
     def write_manifest(self, checkpoint: str) -> None:
-        """In place of upstream's, which reads one file after another, on rank 0."""
+        """In place of upstream's, which reads one file after another, on rank 0; none, if a file before it could not be written."""
         hashes, self._hashes = self._hashes, {}
-        saved.write_manifest(Path(checkpoint), hashes)
+        if self._complaint is None:
+            saved.write_manifest(Path(checkpoint), hashes)
 
     def kept(self, write: Callable[..., None]) -> Callable[..., None]:
         """``write``, done by rank 0 alone, with its failure kept for ``guarded`` rather than raised: others wait behind it."""
@@ -107,6 +108,10 @@ class Saving:
                 self._complaint = str(error)
 
         return attempted
+
+    def later(self, upstream: Callable) -> Callable:
+        """Upstream's ``AsyncRequest.add_finalize_fn``: the tracker of an asynchronous save, too, is rank 0's alone."""
+        return lambda request, finalize: upstream(request, self.kept(finalize))
 
     def guarded(self, upstream: Callable) -> Callable:
         """Upstream's ``save_checkpoint``, with a failure of any rank told to all."""
@@ -123,8 +128,7 @@ class Saving:
                 self._failed([iteration], before, complaint)
             else:
                 self._last = iteration
-            if complaint or not self.args.async_save:
-                self._writing.remove(iteration)
+            self._forget_finished()
             self._prune()
 
         return save_checkpoint
@@ -134,20 +138,20 @@ class Saving:
 
         def maybe_finalize_async_save(*args: Any, **kwargs: Any) -> None:
             """The same of one that is under way. Collective."""
-            from megatron.training.async_utils import is_empty_async_queue
-
-            if is_empty_async_queue():
+            if not _unfinished():
                 upstream(*args, **kwargs)
                 return
             before = self._tracked()
             complaint = self._agreed(self._attempt(lambda: upstream(*args, **kwargs)))
             if complaint:
                 self._failed(self._writing, before, complaint)
-            if complaint or is_empty_async_queue():
-                self._writing = []
+            self._forget_finished()
             self._prune()
 
         return maybe_finalize_async_save
+
+    def _forget_finished(self) -> None:
+        self._writing = self._writing[len(self._writing) - _unfinished() :]
 
     def _tracked(self) -> int | None:
         assert self.folder is not None
@@ -190,8 +194,9 @@ class Saving:
         assert self.folder is not None
         complaint += f"; {shutil.disk_usage(self.folder).free / 2**20:.0f} MiB were left on that disk"
         if torch.distributed.get_rank() == 0:
-            for step in set(written) - {before}:
-                shutil.rmtree(saved.folder_of(self.folder, step), ignore_errors=True)
+            for folder in (saved.folder_of(self.folder, step) for step in written):
+                if not (folder / saved.MANIFEST).exists():  # otherwise it is whole, and its tracker is what failed
+                    shutil.rmtree(folder, ignore_errors=True)
             with suppress(OSError):  # a tracker that names what is gone is mended at the next start
                 if before is None:
                     (self.folder / saved.TRACKER).unlink(missing_ok=True)
@@ -213,6 +218,14 @@ class Saving:
 
 
 _NO_DETAIL = "a write failed"
+
+
+def _unfinished() -> int:
+    """Asynchronous saves that are under way; the same on all ranks."""
+    from megatron.training import async_utils
+
+    queue = async_utils._async_calls_queue
+    return 0 if queue is None else queue.get_num_unfinalized_calls()
 
 
 def _root_cause(error: CheckpointException) -> str:

@@ -140,6 +140,18 @@ def unwritable_index() -> None:
     FileSystemWriterAsync.finish = finish
 
 
+def unwritable_tracker() -> None:
+    """What rank 0 writes at the very end of a save fails from step 6 on."""
+    from megatron.training import checkpointing
+
+    original = checkpointing.get_checkpoint_tracker_filename
+
+    def get_checkpoint_tracker_filename(folder: str) -> str:
+        return os.path.join(folder, "absent", "tracker") if os.path.isdir(os.path.join(folder, "iter_0000006")) else original(folder)
+
+    checkpointing.get_checkpoint_tracker_filename = get_checkpoint_tracker_filename
+
+
 def killed_while_saving() -> None:
     """The process dies, and its helpers with it, between the tensors of step 6 and their index."""
     import psutil
@@ -189,6 +201,7 @@ def recorded_hashing() -> None:
 
 _ALL = (
     unsaved, recorded, recorded_stores, shifted_mask, nan_response, exported_gradients, wrong_export, unwritable_index,
+    unwritable_tracker,
     killed_while_saving, recorded_reads, recorded_hashing,
 )  # fmt: skip
 ALTERATIONS = {alteration.__name__: alteration for alteration in _ALL}

@@ -26,7 +26,7 @@ def export(bench: Bench, layout: str, run: Path, *flags: object, alter: str = ""
     return bench.launch(layout, EXPORT, [run, "--to", to, *flags], Path(f"{to}.log"), alter), to
 
 
-@pytest.mark.parametrize("layout", ["one", "tp2-sp", "pp2"])
+@pytest.mark.parametrize("layout", ["one", "tp2-sp", "pp2", *(pytest.param(name, marks=pytest.mark.full) for name in ("vpp2", "cp2"))])
 def test_the_last_checkpoint_is_the_exported_model(bench: Bench, trained: Path, layout: str) -> None:
     """Bit for bit what the training run wrote from its own ranks, in its precision, and checked with transformers."""
     run, to = export(bench, layout, trained)

@@ -23,6 +23,8 @@ from tests.distributed.materials import Bench, tensors
 
 SAVES = ("--save-interval", 3)  # of ten steps: after 3, 6, 9 and 10
 
+ASYNCHRONOUS = ("--async-save", "--use-persistent-ckpt-worker", "--async-strategy", "mcore")
+
 
 @pytest.fixture
 def uninterrupted(bench: Bench) -> Path:
@@ -232,7 +234,7 @@ def test_a_finished_run_started_again_leaves_its_checkpoints(bench: Bench, unint
 def test_asynchronous_saves_overlap_with_steps(bench: Bench, layout: str) -> None:
     """A step ends while the save before it is in flight; what is saved is whole, and a run that was killed goes on from it as from any."""
     judge = bench.train(layout, bench.reference(), *SAVES, alter="recorded")
-    flags = (*SAVES, "--async-save", "--use-persistent-ckpt-worker", "--async-strategy", "mcore")
+    flags = (*SAVES, *ASYNCHRONOUS)
     save = bench.folder(f"async-{layout}")
     run = bench.attempt(layout, save, bench.reference(), *flags, alter="")
     assert run.ok, run.output[-4000:]
@@ -306,6 +308,20 @@ def test_index_that_does_not_fit(bench: Bench) -> None:
         of_third = [name for name in hashed if name.startswith("iter_0000003/")]
         assert of_third and len(set(of_third)) == len(of_third)
         assert {name.split("__")[1].split("_")[0] for name in of_third if "__" in name} == {str(rank)}
+    run = bench.attempt("dp2-do", save, bench.reference(), *SAVES, "--load", save, alter="")
+    assert run.ok, run.output[-4000:]
+    assert_same_end(save, bench.train("dp2-do", bench.reference(), *SAVES, alter="recorded"))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("flags", [(), ASYNCHRONOUS])
+def test_tracker_that_cannot_be_written(bench: Bench, flags: tuple[str, ...]) -> None:
+    """By rank 0 alone, while the other rank waits for it in another collective, at once or some steps later."""
+    save = bench.folder("no-tracker")
+    run = bench.attempt("dp2-do", save, bench.reference(), *SAVES, *flags, alter="unwritable_tracker")
+    assert run.codes == [2, 2] and any("the checkpoint of step 6 could not be saved" in line for line in run.errors), run.output[-4000:]
+    assert saved.tracked_step(save) == 3 and saved.damage(saved.folder_of(save, 3)) is None
+    assert 6 not in saved.steps(save) or saved.damage(saved.folder_of(save, 6)) is None
     run = bench.attempt("dp2-do", save, bench.reference(), *SAVES, "--load", save, alter="")
     assert run.ok, run.output[-4000:]
     assert_same_end(save, bench.train("dp2-do", bench.reference(), *SAVES, alter="recorded"))

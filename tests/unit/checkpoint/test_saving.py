@@ -48,18 +48,18 @@ def test_a_save_that_failed_is_tried_again(tmp_path):
 
 def test_only_the_save_that_failed_is_cleared_away(tmp_path, monkeypatch):
     """An asynchronous one, found to have failed later; a user had gone back to step 5, and what is newer stays."""
-    from megatron.training import async_utils
-
     for step in (5, 10, 15):
         make(tmp_path, step)
     saved.write_tracker(tmp_path, 5)
     keeps = saving(tmp_path, async_save=True, iteration=5)
-    keeps.guarded(lambda step: saved.folder_of(tmp_path, step).mkdir(exist_ok=True))(7)
-    monkeypatch.setattr(async_utils, "is_empty_async_queue", lambda: False)
+    monkeypatch.setattr("megatron_patch.checkpoint.saving._unfinished", lambda: 1)
+    for step in (6, 7):
+        keeps.guarded(lambda step: saved.folder_of(tmp_path, step).mkdir(exist_ok=True))(step)
+    make(tmp_path, 6, tracked=False)  # has come to its end in the meantime
 
     def fails():
         raise OSError("no space")
 
     with pytest.raises(AgreedError, match=r"the checkpoint of step 7 could not be saved in .*no space.*untouched"):
         keeps.finalized(fails)()
-    assert saved.steps(tmp_path) == [15, 10, 5] and saved.tracked_step(tmp_path) == 5
+    assert saved.steps(tmp_path) == [15, 10, 6, 5] and saved.tracked_step(tmp_path) == 5
