@@ -55,7 +55,7 @@ class Saving:
         if chosen is not None:
             assert self.load is not None
             self._verified.add(saved.folder_of(self.load, chosen).resolve())
-            lines = [*lines, f"going on from step {chosen} (checksums compared in {time.perf_counter() - started:.1f} s)"]
+            lines = [*lines, f"going on from the checkpoint of step {chosen} (checksums compared in {time.perf_counter() - started:.1f} s)"]
         for line in lines if torch.distributed.get_rank() == 0 else ():
             self.say(line)
 
@@ -86,10 +86,14 @@ class Saving:
             writer.finish = self.kept(writer.finish)  # rank 0 alone calls it, and the others wait for what comes after
             upstream(writer, *args, **kwargs)
             if torch.distributed.get_rank() == 0 and self._complaint is None:
-                self._complaint = foreign_code(Path(writer.path))  # found now, and not when it is needed
+                self.kept(self._look_into)(Path(writer.path))
             self._hashes = gather_own(Path(writer.path))
 
         return save_state_dict_async_finalize
+
+    def _look_into(self, checkpoint: Path) -> None:
+        """An index that could not be read later is a save that failed now."""
+        self._complaint = foreign_code(checkpoint)
 
     def write_manifest(self, checkpoint: str) -> None:
         """In place of upstream's, which reads one file after another, on rank 0; none, if a file before it could not be written."""
