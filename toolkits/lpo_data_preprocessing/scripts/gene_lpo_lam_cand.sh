@@ -23,7 +23,6 @@ ROOT=$(cd "$ROOT" && pwd)
 # shellcheck source-path=SCRIPTDIR source=../../../scripts/launch.sh
 source "$ROOT/scripts/launch.sh"
 [ "$PLAN" = 0 ] || refuse "--dry-run is for training: examples/qwen2_5/run_mcore_qwen_xpo.sh"
-
 : "${INPUT:?set INPUT to a file, folder or glob of prompts and answers}" "${HF_PATH:?set HF_PATH to the fine-tuned Hugging Face checkpoint}"
 OUTPUT=${OUTPUT:-$ROOT/outputs/pairs} STAGES=${STAGES:-normalise candidates select build_pairs reference_logps} SEED=${SEED:-1} N=${N:-1}
 TEMPERATURE=${TEMPERATURE:-1.0} TOP_P=${TOP_P:-1.0} MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-1024} ENGINE=${ENGINE:-transformers}
