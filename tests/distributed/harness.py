@@ -8,17 +8,15 @@ import json
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import sys
 import time
-import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from tests import fork_server
 
@@ -58,17 +56,18 @@ def launch(ranks: int, entry: Path, argv: Sequence[Any], log: Path, environment:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    words, mark = [str(a) for a in argv], uuid.uuid4().hex
-    given = {"LPO_LAUNCH": mark, **(environment or {})}
+    words = [str(a) for a in argv]
     processes = [
-        _context.Process(target=_rank, args=(rank, ranks, port, str(entry), words, f"{log}.{rank}", given))
+        _context.Process(target=_rank, args=(rank, ranks, port, str(entry), words, f"{log}.{rank}", dict(environment or {})))
         for rank in range(ranks)
     ]
     fork_server.use(["tests.distributed.preloaded"])
     for process in processes:
         process.start()
-    spread = _wait(processes)
-    _end_orphans(mark)
+    try:
+        spread = _wait(processes)
+    finally:
+        _end_orphans(processes)
     output = "".join(Path(f"{log}.{rank}").read_text(errors="replace") for rank in range(ranks) if Path(f"{log}.{rank}").exists())
     return Run([p.exitcode for p in processes], output, spread)
 
@@ -89,15 +88,15 @@ def _wait(processes: list[Any]) -> float:
     return 0.0 if first_end is None else time.monotonic() - first_end
 
 
-def _end_orphans(mark: str) -> None:
-    """Ranks that end at once leave the helper processes of their checkpoints, half a gigabyte each, as scripts/launch.sh knows."""
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            if process.environ().get("LPO_LAUNCH") == mark:
-                process.kill()
+def _end_orphans(processes: list[Any]) -> None:
+    """Ranks that end at once leave helper processes, half a gigabyte each, some of which keep the fork server alive."""
+    for process in processes:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _rank(rank: int, ranks: int, port: int, entry: str, argv: list[str], log: str, environment: dict[str, str]) -> None:
+    os.setpgrp()  # a group of its own, which its helpers stay in
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

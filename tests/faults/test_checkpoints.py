@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -319,7 +320,8 @@ def test_tracker_that_cannot_be_written(bench: Bench, flags: tuple[str, ...]) ->
     """By rank 0 alone, while the other rank waits for it in another collective, at once or some steps later."""
     save = bench.folder("no-tracker")
     run = bench.attempt("dp2-do", save, bench.reference(), *SAVES, *flags, alter="unwritable_tracker")
-    assert run.codes == [2, 2] and any("the checkpoint of step 6 could not be saved" in line for line in run.errors), run.output[-4000:]
+    said = re.compile(r"the checkpoint of step (3 or )?6( or 9)? could not be saved")  # several may be under way
+    assert run.codes == [2, 2] and any(map(said.search, run.errors)), run.output[-4000:]
     assert saved.tracked_step(save) == 3 and saved.damage(saved.folder_of(save, 3)) is None
     assert 6 not in saved.steps(save) or saved.damage(saved.folder_of(save, 6)) is None
     run = bench.attempt("dp2-do", save, bench.reference(), *SAVES, "--load", save, alter="")
