@@ -18,9 +18,9 @@ from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies import state_dict_saver as saver
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.training import checkpointing, get_args, global_vars, initialize
+from megatron.training import checkpointing, get_args, initialize
 from megatron.training import training as mt
-from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
+from megatron.training.global_vars import get_wandb_writer
 
 from megatron_patch.best_so_far import BestSoFar
 from megatron_patch.checkpoint.saving import Saving
@@ -46,6 +46,7 @@ class LoopState:
     on_resume: Callable[[Any], None] = lambda checkpoint_args: None  # told the arguments that a loaded checkpoint was saved with
     console: Callable[[str], None] = field(default=lambda line: print_line(line))
     clock: StepClock = field(default_factory=StepClock)
+    tensorboard: "Tolerant | None" = None
     last_evaluated: int = -1
     iteration: int | None = None  # steps done; None before the first of this process
 
@@ -183,7 +184,7 @@ def _speed(state: LoopState, consumed: int, seconds: float, devices: int) -> dic
 
 def _show_elsewhere(values: dict[str, float], iteration: int) -> None:
     """In TensorBoard, and in Weights & Biases with ``--wandb-project``; the losses' own metrics upstream writes there."""
-    writer, wandb = get_tensorboard_writer(), get_wandb_writer()
+    writer, wandb = mt.get_tensorboard_writer(), get_wandb_writer()
     if writer:
         for name, value in values.items():
             writer.add_scalar(name, value, iteration)
@@ -211,6 +212,16 @@ class Tolerant:
                 return self._say(str(error))
 
         return attempted if callable(method) else method
+
+
+def _tensorboard(upstream: Callable, state: LoopState) -> Callable:
+    def get_tensorboard_writer() -> Any:
+        """The one writer, in the same wrapper every time."""
+        if state.tensorboard is None and (writer := upstream()) is not None:
+            state.tensorboard = Tolerant(writer, lambda why: state.console(f"[{state.mode}] TensorBoard writes no more: {why}"))
+        return state.tensorboard
+
+    return get_tensorboard_writer
 
 
 def _evaluate_and_print(_: Callable, state: LoopState) -> Callable:
@@ -289,10 +300,6 @@ def _initialize(upstream: Callable, state: LoopState) -> Callable:
     def initialize_megatron(*args: Any, **kwargs: Any) -> None:
         """Upstream's, then a look at what will be loaded: the first moment at which all ranks can do that together."""
         upstream(*args, **kwargs)
-        if global_vars._GLOBAL_TENSORBOARD_WRITER is not None:
-            global_vars._GLOBAL_TENSORBOARD_WRITER = Tolerant(global_vars._GLOBAL_TENSORBOARD_WRITER, lambda why: state.console(
-                f"[{state.mode}] TensorBoard writes no more: {why}"
-            ))  # fmt: skip
         if state.saving:
             state.saving.before_load()
 
@@ -319,6 +326,7 @@ HOOKS = (
     Hook("get_forward_backward_func", _schedule, "training.py:3614 and :4198 take M from the batch size; ours follows from the plan"),
     Hook("train_step", _train_step, "training.py:3856 calls it; its own timers want barriers"),
     Hook("training_log", _training_log, "training.py:2881 hides negative metrics, such as every log-prob"),
+    Hook("get_tensorboard_writer", _tensorboard, "training.py:2881 writes on one rank, whose full disk would end the run"),
     Hook("evaluate_and_print_results", _evaluate_and_print, "training.py:4418 prints a perplexity of every metric"),
     Hook("num_floating_point_operations", _flops, "training.py:391 counts padding and the logits of every prompt token"),
     Hook("check_checkpoint_args", _resume, "training/checkpointing.py:2498 restores only arguments that it knows", checkpointing),

@@ -13,6 +13,7 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 from megatron.core.optimizer import distrib_optimizer
 from megatron.core.pipeline_parallel import schedules
 from megatron.training import checkpointing, initialize
@@ -22,7 +23,10 @@ from megatron_patch import cpu_backend, loop_hooks
 from megatron_patch.checkpoint import torch_adam
 
 ROOT = Path(__file__).parents[2]
-PATCH_FILES = {"megatron_patch/cpu_backend.py", "megatron_patch/loop_hooks.py", "megatron_patch/checkpoint/torch_adam.py"}
+PATCH_FILES = {
+    "megatron_patch/cpu_backend.py", "megatron_patch/loop_hooks.py", "megatron_patch/checkpoint/torch_adam.py",
+    "megatron_patch/checkpoint/foreign_code.py",
+}  # fmt: skip
 SOURCES = sorted(path for folder in ("megatron_patch", "toolkits", "examples", "scripts") for path in (ROOT / folder).rglob("*.py"))
 STANDINS = cpu_backend.CUDA_STANDINS + cpu_backend.MEGATRON_STANDINS
 
@@ -82,6 +86,7 @@ def test_hooked_global_exists_and_the_loop_looks_it_up(hook):
     assert callable(getattr(hook.module, hook.attribute))
     callers = (mt.train, mt.evaluate, mt.pretrain, mt.save_checkpoint_and_time, checkpointing.load_checkpoint, serialization.save)
     callers += (serialization.load, filesystem_async.FileSystemWriterAsync.prepare_write_data, initialize.initialize_megatron)
+    callers += (mt.training_log, checkpointing.save_checkpoint, torch_strategy._import_mcore_async)
     assert any(hook.attribute in names_in(caller.__code__) for caller in callers)
 
 
@@ -173,7 +178,7 @@ def patches_in(path):
     return lines
 
 
-def test_monkey_patches_live_in_three_files():
+def test_monkey_patches_live_in_four_files():
     found = {str(path.relative_to(ROOT)): patches_in(path) for path in SOURCES}
     assert {name for name, lines in found.items() if lines} == PATCH_FILES
     assert all(len(found[name]) == 1 for name in PATCH_FILES), "one place a file, where its table is applied"
