@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.ci
+pytestmark = pytest.mark.full
 
 FILE = """
 title = "r2 without an anchor"
