@@ -20,7 +20,8 @@ class Best:
 
     def observe(self, name: str, value: float, step: int) -> None:
         """One more evaluation. What is not finite is never better than anything."""
-        falls = "loss" in name.rpartition("/")[2] or name.endswith("rejected") or "/rejected" in name
+        last = name.rpartition("/")[2]
+        falls = "loss" in last or last.startswith("rejected")
         better = value < self.value if falls else value > self.value
         if math.isfinite(value) and (better or math.isnan(self.value)):
             self.value, self.step, self.since = value, step, 0

@@ -80,13 +80,12 @@ def check_export(scorer: Scorer, stream: MicroBatchStream, folder: Path, say: Ca
     own = np.zeros((len(numbers), samples.responses_per_sample))
     for which, logps in scorer.score(stream, numbers):
         own[[int(np.flatnonzero(numbers == number)[0]) for number in which]] = logps
-    verdict: list[Any] = [None]
-    if torch.distributed.get_rank() == 0:
-        numbers = numbers[: parity.affordable(folder, samples.tokens[numbers])]
+    verdict: list[Any] = [(0, 0.0)]
+    if torch.distributed.get_rank() == 0 and (compared := parity.affordable(folder, samples.tokens[numbers])):
+        numbers = numbers[:compared]
         chosen = [samples[int(number)] for number in numbers]
         judge = parity.sequence_logps(folder, [list(zip(sample.sequences, sample.scored, strict=True)) for sample in chosen])
-        differences = np.abs((judge - own[: len(numbers)]) / samples.scored_lengths[numbers])
-        verdict = [(len(numbers), float(differences.max(initial=0)))]
+        verdict = [(compared, float(np.abs((judge - own[:compared]) / samples.scored_lengths[numbers]).max()))]
     torch.distributed.broadcast_object_list(verdict, src=0)
     compared, difference = verdict[0]
     if not compared:

@@ -126,6 +126,21 @@ def wrong_export() -> None:
     hf_io.merge_shards = merge_shards
 
 
+def too_large() -> None:
+    """No model is so small, and no sample so short, that one process can score it."""
+    from megatron_patch.evaluation import parity
+
+    parity.MAX_FLOPS = 0.0
+
+
+def two_samples() -> None:
+    """One process can score two samples of the export, and no more."""
+    from megatron_patch.evaluation import parity
+
+    original = parity.affordable
+    parity.affordable = lambda path, tokens: min(2, original(path, tokens))
+
+
 def unwritable_index() -> None:
     """The file that rank 0 alone writes after the tensors, larger than what is tried beforehand, does not fit: at step 6."""
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
@@ -200,7 +215,8 @@ def recorded_hashing() -> None:
 
 
 _ALL = (
-    unsaved, recorded, recorded_stores, shifted_mask, nan_response, exported_gradients, wrong_export, unwritable_index,
+    unsaved, recorded, recorded_stores, shifted_mask, nan_response, exported_gradients, wrong_export, too_large, two_samples,
+    unwritable_index,
     unwritable_tracker,
     killed_while_saving, recorded_reads, recorded_hashing,
 )  # fmt: skip

@@ -54,6 +54,19 @@ def test_an_export_that_is_not_the_model_is_found(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize(
+    ("alter", "said"),
+    [
+        ("too_large", "the export was not compared with transformers: one process would need too much memory or time for it"),
+        ("two_samples", "nats per token on 2 samples of the export"),
+    ],
+)
+def test_a_model_that_one_process_can_hardly_score(bench: Bench, trained: Path, alter: str, said: str) -> None:
+    """It is exported all the same, and nothing is loaded that is not afforded."""
+    run, to = export(bench, "one", trained, alter=alter)
+    assert run.ok and said in run.output and (to / "model.safetensors").exists(), run.output[-4000:]
+
+
+@pytest.mark.parametrize(
     ("flags", "complaint"),
     [
         (("--step", 7), "no checkpoint of step 7; there are 10, 5"),
