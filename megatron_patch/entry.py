@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 import time
 import traceback
@@ -64,5 +65,6 @@ def user_errors() -> Iterator[None]:
         sys.stdout.flush()
         sys.stderr.flush()
         if not speaks and "TORCHELASTIC_RUN_ID" in os.environ:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the run script has it ignored
             time.sleep(SILENT_WAIT_S)
         os._exit(2)  # not sys.exit: a half-initialised process group may wait for ever for the other ranks

@@ -9,11 +9,13 @@
 #   lies_in NAME PATH                   whether PATH is, or is below, what NAME names, a path or a glob
 # Environment: CONFIG (a file with more of these), DEVICE (auto, cuda or cpu: the one switch between GPUs and CPU), NPROC_PER_NODE
 # (default: the GPUs of a node that CUDA_VISIBLE_DEVICES leaves, else 1), MASTER_PORT, PRECISION (bf16 on GPUs, fp32 on the CPU),
-# TORCHRUN_FLAGS (more of its flags, e.g. --max-restarts=3). With --dry-run among the flags nothing is started, and NNODES and
+# TORCHRUN_FLAGS (more of its flags, e.g. --max-restarts=3), ON_TERM (what SIGTERM becomes for what was launched: TERM, or USR1, on which
+# training saves and leaves). With --dry-run among the flags nothing is started, and NNODES and
 # GPU_MEMORY_GB (GiB; or DEVICE=cuda) plan for nodes and GPUs that need not be here.
 # The terminal shows lines that start with "[" (one a stage, a step or an error); everything goes to OUTPUT/logs/NAME.log.
 # SLURM does not hand --cpus-per-task on to srun; this file does, divided where a node has several tasks.
-# Exit code: 0 finished, 2 a user's error, 75 preempted (please requeue), 1 anything else.
+# Exit code: 0 finished, 2 a user's error, 75 preempted (please requeue), 1 anything else. A job that leaves with 75 after SLURM's warning, or
+# while SLURM preempts it, goes back into the queue.
 
 refuse() { echo "[error] $*" >&2; exit 2; }
 # shellcheck disable=SC2053 # a glob may match
@@ -140,12 +142,22 @@ without_orphans() {
   return "$code"
 }
 
+# Whether torchrun is a step of SLURM's: on several nodes, for pyxis, and in a job's script where there is something to save, for SLURM
+# announces a preemption to steps alone.
+as_step() {
+  [ "$NNODES" -gt 1 ] || [ "${#SRUN_FLAGS[@]}" -gt 0 ] || { [ "$ON_TERM" != TERM ] && [ -n "${SLURM_JOB_ID:-}" ] && [ -z "${SLURM_STEP_ID:-}" ]; }
+}
+
 run_torch() {
   local rendezvous=(--standalone) more port addresses word flags=()
   read -ra more <<<"${TORCHRUN_FLAGS:-}" || true
   for word in "${more[@]}"; do # on_node.sh has more to say of it
     if [ "$NNODES" -gt 1 ] && [[ $word == --rdzv-conf=* ]]; then export RDZV_CONF=${word#*=}; else flags+=("$word"); fi
   done
+  if [ "$ON_TERM" != TERM ]; then # SLURM's SIGTERM meets every process of a step: torchrun must not end its ranks; those that fail, soon
+    flags+=("--signals-to-handle=SIGINT,SIGHUP,SIGQUIT")
+    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-5}
+  fi
   # Without this, ranks that --max-restarts starts again find the addresses of the dead ones in the store (torch 2.13).
   export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
   if [ "$NNODES" -gt 1 ]; then
@@ -155,10 +167,10 @@ run_torch() {
     rendezvous=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "${addresses[0]}:$port")
   fi
   set -- "${PREFIX[@]}" "$PYTHON" -m torch.distributed.run "${rendezvous[@]}" "${flags[@]}" --nproc-per-node "$NPROC_PER_NODE" "$@"
-  if [ "$NNODES" = 1 ] && [ "${#SRUN_FLAGS[@]}" = 0 ]; then
+  if ! as_step; then
     without_orphans "$@"
   else
-    (trap - USR1; exec srun --ntasks="$NNODES" --ntasks-per-node=1 --kill-on-bad-exit=1 "${SRUN_FLAGS[@]}" "$ROOT/scripts/on_node.sh" "$@")
+    (trap - USR1 TERM; exec srun --ntasks="$NNODES" --ntasks-per-node=1 --kill-on-bad-exit=1 "${SRUN_FLAGS[@]}" "$ROOT/scripts/on_node.sh" "$@")
   fi
 }
 
@@ -189,25 +201,30 @@ sharded() {
 
 supervise() { "$@" & wait_for $!; }
 
-terminated=0 warned=0
+terminated=0 warned=0 ON_TERM=${ON_TERM:-TERM}
 trap 'exit 75' TERM # when what is in the foreground has ended
 trap 'warned=1' USR1
+trap '[ $? != 75 ] || requeue' EXIT
+
+# For what is to live on while those who listen to USR1 save.
+hold_out() { trap '' USR1; [ "$ON_TERM" = TERM ] || trap '' TERM; }
 
 # The exit code of a job of this shell. Meanwhile SIGTERM (a user's kill, a preemption) goes on to it and its fellows, and USR1 (SLURM's
 # warning before the time limit) to what they started. A job that SIGTERM met when its work was done (0, or 143 while Python ends) is
 # preempted too: the next one is not started. The warning is repeated: who is still starting up does not listen yet.
 wait_for() {
   local job=$1 code=0 repeat=; shift
-  trap 'terminated=1; pass_on TERM "${@:-$job}" $(descendants "$job")' TERM
-  trap 'warned=1; [ -n "$repeat" ] || { warn "$job" >/dev/null 2>&1 & repeat=$!; }' USR1
+  trap 'terminated=1; if [ "$ON_TERM" = USR1 ]; then keep_warning; else pass_on TERM "${@:-$job}" $(descendants "$job"); fi' TERM
+  trap 'warned=1; keep_warning' USR1
   while wait "$job" || code=$?; kill -0 "$job" 2>/dev/null; do code=0; done # a trapped signal ends wait early
   [ "$code" -le 128 ] || { code=0; wait "$job" || code=$?; }               # also when the job ended at that moment
   [ -z "$repeat" ] || kill "$repeat" 2>/dev/null || true
   trap 'exit 75' TERM
   trap 'warned=1' USR1
-  if [ "$terminated" = 1 ] && [[ $code = 0 || $code = 143 ]]; then return 75; fi
+  if [ "$terminated$ON_TERM" = 1TERM ] && [[ $code = 0 || $code = 143 ]]; then return 75; fi
   return "$code"
 }
+keep_warning() { [ -n "$repeat" ] || { warn "$job" >/dev/null 2>&1 & repeat=$!; }; } # wait_for's
 
 # shellcheck disable=SC2046 # process ids
 warn() { while kill -0 "$1" 2>/dev/null; do pass_on USR1 $(descendants "$1"); sleep 10; done; }
@@ -228,27 +245,28 @@ launch() {
   mkdir -p "$output/logs"
   [ ! -s "$log" ] || mv "$log" "$output/logs/$name-$(date -r "$log" +%Y%m%d-%H%M%S).log" # of an earlier start
   check "$log" "${run[@]}" "${flags[@]}" || return $?
-  if [ "$warned" = 1 ]; then requeue; return 75; fi
+  [ "$warned" = 0 ] || return 75
   # USR1 reaches the workers, which torchrun starts in sessions of their own: Megatron saves at the next step. torchrun must not die of
   # it: it inherits "ignore". srun passes it on to the nodes (on_node.sh). A pipeline, not >(...): when it has ended the log is complete.
   # Its exit code is the job's alone: a full disk ends no job because of its log.
-  (trap '' USR1; set +e; run_torch "${run[@]}" "${flags[@]}" 2>&1 | (trap '' TERM; tee "$log" | show); exit "${PIPESTATUS[0]}") &
+  (hold_out; set +e; run_torch "${run[@]}" "${flags[@]}" 2>&1 | (trap '' TERM; tee "$log" | show); exit "${PIPESTATUS[0]}") &
   wait_for $! || code=$?
-  if [ "$code" != 0 ]; then
-    if [ "$terminated" = 1 ]; then requeue; return 75; fi
-    grep -q '^\[error\]' "$log" && return 2
+  if [ "$code" = 0 ]; then
+    ! grep -qs '"preempted"' "$output/run_state.json" || return 75
+  elif grep -q '^\[error\]' "$log"; then
+    return 2
+  elif [ "$terminated" = 1 ] || [ "$code" = 75 ]; then
+    return 75
+  else
     explain "$log"
     return 1
   fi
-  local state=$output/run_state.json
-  if [ -f "$state" ] && grep -q '"preempted"' "$state"; then
-    requeue
-    return 75
-  fi
 }
 
-# Back into the queue, after a warning before the time limit. (A preempting or failing SLURM requeues by itself.)
+# Back into the queue, after a warning before the time limit, or in the time of grace that a preemption gives. (Whom it or a failing node
+# ends is requeued by SLURM itself, and who is cancelled stays so.)
 requeue() {
-  [ -n "${SLURM_JOB_ID:-}" ] && [ "$warned" = 1 ] || return 0
+  [ -n "${SLURM_JOB_ID:-}" ] || return 0
+  [ "$warned" = 1 ] || scontrol show job "$SLURM_JOB_ID" --oneliner | grep -q ' JobState=RUNNING .* PreemptTime=[0-9]' || return 0
   scontrol requeue "$SLURM_JOB_ID" || echo "[failed] SLURM did not take job $SLURM_JOB_ID back into its queue: submit it again" >&2
 }

@@ -2,6 +2,7 @@
 # A SLURM of two nodes on this machine, for trying and testing jobs: real slurmctld, slurmd, munge and accounting-free scheduling.
 #   eval "$(scripts/local_slurm.sh up DIR)"    start it with all its files in DIR (short path); sets SLURM_CONF for this shell
 #   scripts/local_slurm.sh down DIR            stop it
+# Jobs of its partition "urgent" preempt those of "local", which have 60 seconds to leave.
 # Nothing outside DIR is touched and no system service is used. Needs Debian's slurm-wlm and munge; with root and apt-get they are
 # installed. Exit code 3: SLURM is not here and cannot be installed.
 set -euo pipefail
@@ -48,9 +49,12 @@ KillWait=10
 MinJobAge=300
 SlurmdParameters=config_overrides
 GresTypes=gpu
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 NodeName=n1 NodeHostname=$(hostname) NodeAddr=127.0.0.1 Port=$((PORT + 1)) CPUs=$cpus RealMemory=4000 Gres=gpu:8
 NodeName=n2 NodeHostname=$(hostname) NodeAddr=127.0.0.1 Port=$((PORT + 2)) CPUs=$cpus RealMemory=4000 Gres=gpu:8
-PartitionName=local Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
+PartitionName=local Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=n1,n2 MaxTime=INFINITE State=UP PriorityTier=2
 END
   # Eight GPUs a node that are empty files: what a job asks for is granted, and the job then says DEVICE=cpu.
   touch "$dir"/gpu{0..7}

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# One node's part of a job of several nodes; srun starts it with torchrun's command line. srun hands signals to this shell alone, torchrun's
-# workers are in sessions of their own: USR1 (SLURM's warning before the time limit) goes on to them, and torchrun must not die of it.
+# One node's part of a SLURM job; srun starts it with torchrun's command line. srun hands signals to this shell alone, torchrun's workers are
+# in sessions of their own: USR1 (SLURM's warning before the time limit) goes on to them, and torchrun must not die of it. SLURM itself sends
+# SIGTERM to every process of a step that it preempts.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source-path=SCRIPTDIR source=launch.sh
 source "$ROOT/scripts/launch.sh"
+trap - EXIT # the job's script goes back into the queue
 
 # The first node holds the rendezvous, whatever names its address has, and each is known to the others by its address in SLURM. Without a
 # word from us gloo takes the interface of the host's own name, which may be the loopback's; it and NCCL get the one that leads to another
@@ -16,5 +18,8 @@ if [ "${#addresses[@]}" -gt 1 ]; then
   interface=$("$PYTHON" "$ROOT/scripts/interface.py" "$other") || true
   [ -z "$interface" ] || export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$interface} GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface}
 fi
-(trap '' USR1; without_orphans "$@") &
-wait_for $!
+(hold_out; without_orphans "$@") &
+code=0
+wait_for $! || code=$?
+[ "$terminated$ON_TERM" != 1TERM ] || exit 75
+exit "$code"

@@ -21,6 +21,7 @@ set -euo pipefail
 ROOT=$(dirname "${BASH_SOURCE[0]}")/../.. # SLURM runs a copy in its spool, but knows where the file was
 [ -f "$ROOT/scripts/launch.sh" ] || ROOT=$(dirname "$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(.*/run_mcore_qwen_xpo\.sh\).*|\1|p')")/../..
 ROOT=$(cd "$ROOT" && pwd)
+export ON_TERM=${ON_TERM:-USR1} # SIGTERM too is a reason to save
 # shellcheck source-path=SCRIPTDIR source=../../scripts/launch.sh
 source "$ROOT/scripts/launch.sh"
 

@@ -4,7 +4,6 @@ Jobs are started as users start them, with the run script; the judge is the job 
 """
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -107,20 +106,24 @@ def to_the_job(job: subprocess.Popen[str]) -> None:
     job.send_signal(signal.SIGTERM)
 
 
-def to_its_group(job: subprocess.Popen[str]) -> None:
-    os.killpg(job.pid, signal.SIGTERM)
+def to_every_process(job: subprocess.Popen[str]) -> None:
+    """As SLURM does it to a step."""
+    for process in [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):
+            process.terminate()
 
 
-@pytest.mark.parametrize("send", [to_the_job, pytest.param(to_its_group, marks=pytest.mark.full)])
+@pytest.mark.parametrize("send", [to_the_job, pytest.param(to_every_process, marks=pytest.mark.full)])
 def test_preempted_without_a_warning(bench: Bench, undisturbed: Path, send: Callable[[subprocess.Popen[str]], None]) -> None:
-    """SIGTERM, as ``scancel`` and preemption send it: exit code 75, and no process left."""
+    """SIGTERM, to one or to all: saved at the next step, exit code 75, and no process left."""
     output = bench.folder("terminated")
     job = start(bench, output)
-    jobs.wait_for_step(output, 15)
+    jobs.wait_for_step(output, 13)
     everyone = ranks(job)
     send(job)
     shown, errors = job.communicate(timeout=60)
     assert job.returncode == 75, shown + errors
+    assert saved.tracked_step(output) == json.loads((output / "run_state.json").read_text())["iteration"] >= 13
     assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in everyone.values())
     assert_goes_on(bench, output, undisturbed)
 

@@ -33,17 +33,17 @@ def command(work: Path, steps: int = STEPS) -> list[str]:
 
 
 class Job:
-    """TP 2 x PP 2, two processes on each node."""
+    """TP 2 x PP 2, on one node or on two."""
 
-    def __init__(self, work: Path, output: Path, slurm: dict[str, str], *options: str, steps: int = STEPS) -> None:
-        self.output = output
-        self.environment = jobs.environment(output, **slurm, NPROC_PER_NODE="2", TP="2", PP="2")
+    def __init__(self, work: Path, output: Path, slurm: dict[str, str], *options: str, steps: int = STEPS, nodes: int = 2) -> None:
+        self.output, self.nodes = output, nodes
+        self.environment = jobs.environment(output, **slurm, NPROC_PER_NODE=str(4 // nodes), TP="2", PP="2")
         output.mkdir()
         self.submit(work, *options, steps=steps)
 
     def submit(self, work: Path, *options: str, steps: int = STEPS) -> None:
         """Into the queue."""
-        options = ("-N", "2", f"--output={self.output}/slurm.out", *options)
+        options = ("-N", str(self.nodes), f"--output={self.output}/slurm.out", *options)
         self.id = self("sbatch", "--parsable", *options, *command(work, steps)).strip()
 
     def __call__(self, program: str, *words: str) -> str:
@@ -111,6 +111,18 @@ def test_the_time_limit_itself(work: Path, slurm: dict[str, str], tmp_path: Path
     job.wait(lambda: job.facts()["JobState"] == "CANCELLED")
     assert [row["iteration"] for row in harness.metrics(job.output)][: first + 5] == list(range(1, first + 6))
     assert "DUE TO TIME LIMIT" not in job.shown()
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_preempted(work: Path, slurm: dict[str, str], tmp_path: Path, nodes: int) -> None:
+    """A more urgent job comes: SLURM sends SIGTERM to all processes of the step. No step is lost, and the job does not wait to be ended."""
+    job = Job(work, tmp_path / "out", slurm, nodes=nodes)
+    job.wait(lambda: job.step() >= 13)
+    urgent = job("sbatch", "--parsable", "--partition=urgent", "-N2", "--exclusive", "--output=/dev/null", "--wrap=true").strip()
+    job.wait(lambda: job.facts()["Restarts"] == "1", seconds=50)  # of 60 that the partition gives
+    assert saved.tracked_step(job.output) == job.step() >= 13
+    job.wait(lambda: "JobState=COMPLETED" in job("scontrol", "show", "job", urgent))
+    job.assert_same_end(work)
 
 
 def test_a_node_fails(work: Path, slurm: dict[str, str], tmp_path: Path) -> None:
