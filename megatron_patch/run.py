@@ -6,6 +6,7 @@ from disk to log-probs. Entries own the process (device, argument parsing, exit 
 
 import argparse
 import json
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -228,6 +229,8 @@ class TrainingRun:
                 state = "preempted" if self.args.exit_signal_handler and _asked_to_stop() else "stopped"
                 raise
         finally:
+            if self.args.exit_signal_handler:  # a warning that is repeated: when Python ends it takes its handlers away, and that one would kill
+                signal.signal(self.args.exit_signal, signal.SIG_IGN)
             self._note_state(state)
 
     def _note_state(self, state: str) -> None:

@@ -227,7 +227,7 @@ wait_for() {
 keep_warning() { [ -n "$repeat" ] || { warn "$job" >/dev/null 2>&1 & repeat=$!; }; } # wait_for's
 
 # shellcheck disable=SC2046 # process ids
-warn() { while kill -0 "$1" 2>/dev/null; do pass_on USR1 $(descendants "$1"); sleep 10; done; }
+warn() { while kill -0 "$1" 2>/dev/null; do pass_on USR1 $(descendants "$1"); sleep 2; done; }
 descendants() { local child; for child in $(pgrep -P "$1"); do echo "$child"; descendants "$child"; done; }
 pass_on() { local signal=$1; shift; kill "-$signal" "$@" 2>/dev/null || true; }
 
