@@ -229,7 +229,7 @@ class TrainingRun:
                 state = "preempted" if self.args.exit_signal_handler and _asked_to_stop() else "stopped"
                 raise
         finally:
-            if self.args.exit_signal_handler:  # a warning that is repeated: when Python ends it takes its handlers away, and that one would kill
+            if self.args.exit_signal_handler:  # the warning is repeated, and when Python ends, and takes its handlers away, it would kill
                 signal.signal(self.args.exit_signal, signal.SIG_IGN)
             self._note_state(state)
 

@@ -113,7 +113,7 @@ class Bench:
         for split in SPLITS:  # numbers of an earlier training
             self._numbers_path(trial, split).unlink(missing_ok=True)
         terminal = folder / "logs/terminal.log"
-        environment = {**os.environ, "PRESET": str(trial.run.preset), "OUTPUT": str(folder), "ON_TERM": "TERM"}  # who ends a comparison ends it
+        environment = {**os.environ, "PRESET": str(trial.run.preset), "OUTPUT": str(folder), "ON_TERM": "TERM"}  # ended at once
         with open(terminal, "w", encoding="utf-8") as stream:
             done = subprocess.run(["bash", RUN_SCRIPT, *self._flags(trial)], env=environment, stdout=stream, stderr=stream, check=False)
         if done.returncode:
