@@ -14,7 +14,7 @@
 # GPU_MEMORY_GB (GiB; or DEVICE=cuda) plan for nodes and GPUs that need not be here.
 # The terminal shows lines that start with "[" (one a stage, a step or an error); everything goes to OUTPUT/logs/NAME.log.
 # SLURM does not hand --cpus-per-task on to srun; this file does, divided where a node has several tasks.
-# Exit code: 0 finished, 2 a user's error, 75 preempted (please requeue), 1 anything else. A job that leaves with 75 after SLURM's warning, or
+# Exit code: 0 finished, 2 a user's error, 75 preempted (please requeue), 1 anything else. A job that leaves early after SLURM's warning, or
 # while SLURM preempts it, goes back into the queue.
 
 refuse() { echo "[error] $*" >&2; exit 2; }
@@ -204,7 +204,7 @@ supervise() { "$@" & wait_for $!; }
 terminated=0 warned=0 ON_TERM=${ON_TERM:-TERM}
 trap 'exit 75' TERM # when what is in the foreground has ended
 trap 'warned=1' USR1
-trap '[ $? != 75 ] || requeue' EXIT
+trap 'requeue $?' EXIT
 
 # For what is to live on while those who listen to USR1 save.
 hold_out() { trap '' USR1; [ "$ON_TERM" = TERM ] || trap '' TERM; }
@@ -255,7 +255,7 @@ launch() {
     ! grep -qs '"preempted"' "$output/run_state.json" || return 75
   elif grep -q '^\[error\]' "$log"; then
     return 2
-  elif [ "$terminated" = 1 ] || [ "$code" = 75 ]; then
+  elif [ "$terminated" = 1 ] || preempting; then
     return 75
   else
     explain "$log"
@@ -263,10 +263,13 @@ launch() {
   fi
 }
 
-# Back into the queue, after a warning before the time limit, or in the time of grace that a preemption gives. (Whom it or a failing node
-# ends is requeued by SLURM itself, and who is cancelled stays so.)
+# Whether this job is in the time of grace that SLURM gives before it preempts.
+preempting() { [ -n "${SLURM_JOB_ID:-}" ] && scontrol show job "$SLURM_JOB_ID" --oneliner | grep -q ' JobState=RUNNING .* PreemptTime=[0-9]'; }
+
+# At the end of a job, with its exit code: back into the queue, if it left early after a warning before the time limit or for a preemption.
+# (Whom a preemption or a failing node ends is requeued by SLURM itself, and who is cancelled stays so.)
 requeue() {
-  [ -n "${SLURM_JOB_ID:-}" ] || return 0
-  [ "$warned" = 1 ] || scontrol show job "$SLURM_JOB_ID" --oneliner | grep -q ' JobState=RUNNING .* PreemptTime=[0-9]' || return 0
+  [ -n "${SLURM_JOB_ID:-}" ] && [[ $1 != [02] ]] || return 0
+  [ "$1$warned" = 751 ] || preempting || return 0
   scontrol requeue "$SLURM_JOB_ID" || echo "[failed] SLURM did not take job $SLURM_JOB_ID back into its queue: submit it again" >&2
 }

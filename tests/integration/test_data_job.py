@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -138,19 +138,22 @@ def test_flags_of_single_stages(work: Path, tmp_path: Path) -> None:
     assert code == 2 and "field 'candidates' is missing" in errors  # the default, --method lppc, wants them
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
+def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
-def runs_torch(job: subprocess.Popen[str]) -> bool:
-    """Whether torchrun has workers."""
-    with contextlib.suppress(psutil.Error):  # one that has just ended
-        below = psutil.Process(job.pid).children(recursive=True)
-        return sum("toolkits.lpo_data_preprocessing.reference_logps" in process.cmdline() for process in below) > 1
-    return False
+def ranks_of_the_reference_pass(processes: Iterable[psutil.Process], output: Path) -> int:
+    """How many there are; torchrun has the same words on its command line."""
+    found = 0
+    for process in processes:
+        with contextlib.suppress(psutil.Error):  # one that has just ended
+            words = {*process.cmdline()}
+            entry, store = "toolkits.lpo_data_preprocessing.reference_logps", str(output / "train")
+            found += {entry, store} <= words and "torch.distributed.run" not in words
+    return found
 
 
 @pytest.mark.parametrize("stage", ["candidates", pytest.param("reference_logps", marks=pytest.mark.full)])
@@ -159,7 +162,8 @@ def test_preempted_it_goes_on(work: Path, plain: Path, tmp_path: Path, stage: st
     output = tmp_path / "out"
     job = start(work, output)
     first_block = output / "candidates.jsonl.blocks/000000.jsonl"
-    wait_for(first_block.exists if stage == "candidates" else lambda: runs_torch(job))
+    below = psutil.Process(job.pid)
+    wait_for(first_block.exists if stage == "candidates" else lambda: ranks_of_the_reference_pass(below.children(recursive=True), output) > 0)
     job.send_signal(signal.SIGTERM)
     started = time.monotonic()
     out, errors = job.communicate(timeout=120)
@@ -193,6 +197,26 @@ def test_two_nodes_make_the_same(work: Path, plain: Path, slurm: dict[str, str],
     assert_same(tmp_path / "out", plain)
     code, shown = sbatch(work, tmp_path / "out", slurm, JOB, repository)
     assert code == 0 and shown.count("kept") == 9, shown  # both shards of candidates, and their merge
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("stage", ["candidates", "reference_logps"])
+def test_preempted_by_slurm(work: Path, plain: Path, slurm: dict[str, str], tmp_path: Path, stage: str) -> None:
+    """SIGTERM to every process of the step, and to nobody else: the job leaves, goes back into the queue and makes the same."""
+    output = tmp_path / "out"
+
+    def told(*words: str) -> str:
+        where = environment(work, output, slurm)
+        return subprocess.run(words, env=where, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60).stdout
+
+    job = told("sbatch", "--parsable", "-N", "2", str(work / "repository" / JOB)).strip()
+    first_block = output / "candidates.jsonl.blocks/000000.jsonl"
+    wait_for(first_block.exists if stage == "candidates" else lambda: ranks_of_the_reference_pass(psutil.process_iter(), output) == 2)
+    told("sbatch", "--partition=urgent", "-N2", "--exclusive", "--output=/dev/null", "--wrap=true")
+    wait_for(lambda: "Restarts=1" in told("scontrol", "show", "job", job))
+    assert "DUE TO PREEMPTION" not in (shown := (tmp_path / f"slurm-lpo-data-{job}.out").read_text()), shown  # it did not wait to be ended
+    wait_for(lambda: "JobState=COMPLETED" in told("scontrol", "show", "job", job), seconds=300)
+    assert_same(output, plain)
 
 
 @pytest.mark.parametrize("place", ["its own folder", "an absolute path"])

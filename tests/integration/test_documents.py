@@ -11,7 +11,10 @@ ROOT = Path(__file__).parents[2]
 PRESETS = sorted((ROOT / "examples/qwen2_5/presets").glob("*.args"))
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/install.md", "docs/paper.md", "docs/operations.md", "examples/qwen2_5/README.md"])
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in ("install", "paper", "operations")), "examples/qwen2_5/README.md"]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_and_scripts_exist(document: str) -> None:
     text = (ROOT / document).read_text()
     named = set(re.findall(r"\]\((?!http)([^)#]+)\)", text)) | set(re.findall(r"(?:\./|bash |sbatch )((?:[\w.]+/)*[\w.]+\.sh)", text))
