@@ -163,7 +163,11 @@ def test_preempted_it_goes_on(work: Path, plain: Path, tmp_path: Path, stage: st
     job = start(work, output)
     first_block = output / "candidates.jsonl.blocks/000000.jsonl"
     below = psutil.Process(job.pid)
-    wait_for(first_block.exists if stage == "candidates" else lambda: ranks_of_the_reference_pass(below.children(recursive=True), output) > 0)
+
+    def is_there() -> bool:
+        return first_block.exists() if stage == "candidates" else ranks_of_the_reference_pass(below.children(recursive=True), output) > 0
+
+    wait_for(is_there)
     job.send_signal(signal.SIGTERM)
     started = time.monotonic()
     out, errors = job.communicate(timeout=120)

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 PRESETS = sorted((ROOT / "examples/qwen2_5/presets").glob("*.args"))
 
 
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in ("install", "paper", "operations")), "examples/qwen2_5/README.md"]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "examples/qwen2_5/README.md", "docs/install.md", "docs/paper.md", "docs/operations.md"]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
