@@ -240,11 +240,13 @@ def test_asynchronous_saves_overlap_with_steps(bench: Bench, layout: str) -> Non
     run = bench.attempt(layout, save, bench.reference(), *flags, alter="")
     assert run.ok, run.output[-4000:]
     assert_same_end(save, judge)
-    for step in (3, 6, 9, 10):
-        assert saved.damage(saved.folder_of(save, step)) is None
-        done = run.output.index(f"successfully saved checkpoint from iteration {step:7d}")
-        if step in (3, 6) and layout == "one":  # of several ranks the last one shows steps, the first one saves
-            assert run.output.index(f"[xpo] step {step + 1}/10 ") < done, "the run waited for the save"
+    assert not [step for step in (3, 6, 9, 10) if saved.damage(saved.folder_of(save, step))]
+    if layout == "one":  # of several ranks the last one shows steps, the first one saves
+
+        def stepped_meanwhile(step: int) -> bool:
+            return run.output.index(f"[xpo] step {step + 1}/10 ") < run.output.index(f"saved checkpoint from iteration {step:7d}")
+
+        assert any(map(stepped_meanwhile, (3, 6, 9))), "the run waited for its saves"
     later = killed_after(bench, save, 6)
     run = bench.attempt(layout, later, bench.reference(), *flags, "--load", later, alter="")
     assert run.ok, run.output[-4000:]
