@@ -18,12 +18,13 @@ from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies import state_dict_saver as saver
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.training import checkpointing, get_args, initialize
 from megatron.training import training as mt
 from megatron.training.global_vars import get_wandb_writer
 
 from megatron_patch.best_so_far import BestSoFar
-from megatron_patch.checkpoint.saving import Saving
+from megatron_patch.checkpoint.saving import Saving, staged
 from megatron_patch.data.atomic_files import atomic_path, write_json
 from megatron_patch.data.pair_dataset import MicroBatchStream
 from megatron_patch.errors import AgreedError
@@ -337,6 +338,7 @@ HOOKS = (
     Hook("save_state_dict_async_finalize", _saving("hashed"), "state_dict_saver.py:213 the same, and leaves hashing to rank 0", saver),
     Hook("save_integrity_manifest", _manifest, "validation.py:512 the same, and reads one file after another", serialization),
     Hook("add_finalize_fn", _saving("later"), "training/checkpointing.py:1070 the same, of an asynchronous save's tracker", AsyncRequest),
+    Hook("preload_tensors", staged, "filesystem_async.py:227 shares with training what is in host memory", FileSystemWriterAsync),
     Hook("get_write_results_queue", _deaf, "filesystem_async.py:65 starts a process of which saving needs an answer", filesystem_async),
     Hook("init_persistent_async_worker", _deaf, "training/async_utils.py:58 starts those of --async-save", initialize),
     Hook("verify_integrity_manifest", _verify, "validation.py:590 reads again what was read before the start", serialization),

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_patch.checkpoint import saved
@@ -24,6 +25,7 @@ from megatron_patch.checkpoint.foreign_code import foreign_code
 from megatron_patch.checkpoint.shared_hashes import gather_own, led_by_rank_zero
 from megatron_patch.errors import AgreedError
 
+_preload = FileSystemWriterAsync.preload_tensors  # upstream's: a process that writes asynchronous saves installs no hooks
 _PROBE_BYTES = 1 << 16  # about what rank 0 writes beside the tensors
 
 
@@ -222,6 +224,25 @@ class Saving:
 
 
 _NO_DETAIL = "a write failed"
+
+
+def staged(upstream: Callable, state: Any) -> staticmethod:
+    """In place of upstream's ``preload_tensors``, of asynchronous saves: a step waits for it, and not for the writing that follows."""
+    return staticmethod(copied_from_memory if state.saving and state.saving.args.async_save else upstream)
+
+
+def copied_from_memory(write_buckets: list[Any], non_blocking: bool = True) -> list[Any]:
+    """Upstream's copies of what is on a GPU, and copies of what is in host memory: all of a run on the CPU, elsewhere what torch's AdamW
+    counts its steps with. Upstream leaves these shared with the training process, whose next steps would go into the checkpoint.
+
+    Args:
+        write_buckets: (file, key, (bytes, [(item, tensor)])) for each file. non_blocking: copy from a GPU through pinned memory.
+    """
+    copied = [
+        (file, key, (others, [(item, tensor.clone() if tensor.device.type == "cpu" else tensor) for item, tensor in tensors]))
+        for file, key, (others, tensors) in write_buckets
+    ]
+    return _preload(copied, non_blocking)
 
 
 def _unfinished() -> int:

@@ -10,6 +10,7 @@ import os
 import runpy
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -167,6 +168,23 @@ def unwritable_tracker() -> None:
     checkpointing.get_checkpoint_tracker_filename = get_checkpoint_tracker_filename
 
 
+def slow_writing() -> None:
+    """Asynchronous saves are written half a second after they were begun: several steps later."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    from tests.distributed.altered import write_later  # this very file, by a name that the process that writes knows
+
+    FileSystemWriterAsync.write_preloaded_data_multithread = staticmethod(write_later)
+
+
+def write_later(*args: Any) -> Any:
+    """In the process that writes, where nothing is altered."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    time.sleep(0.5)
+    return FileSystemWriterAsync.write_preloaded_data_multithread(*args)
+
+
 def killed_while_saving() -> None:
     """The process dies, and its helpers with it, between the tensors of step 6 and their index."""
     import psutil
@@ -217,11 +235,15 @@ def recorded_hashing() -> None:
 _ALL = (
     unsaved, recorded, recorded_stores, shifted_mask, nan_response, exported_gradients, wrong_export, too_large, two_samples,
     unwritable_index,
-    unwritable_tracker,
+    unwritable_tracker, slow_writing,
     killed_while_saving, recorded_reads, recorded_hashing,
 )  # fmt: skip
 ALTERATIONS = {alteration.__name__: alteration for alteration in _ALL}
 
+if __name__ == "__mp_main__":  # imported again by the process that writes asynchronous saves, as the entry is
+    from megatron_patch import cpu_backend
+
+    cpu_backend.install_in_helper()
 if __name__ == "__main__":
     for name in sys.argv[1].split(","):
         ALTERATIONS[name]()
