@@ -3,7 +3,9 @@
 import argparse
 import os
 import signal
+import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -29,6 +31,9 @@ def parse_arguments(
     """
     # Tensor parallelism wants it before Blackwell (training/arguments.py:1437), and CUDA reads it when it is initialised.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if os.environ.get("ON_TERM") == "USR1":
+        end_when_torchrun_says()
+    _alone()
     foreign_code.forbid()
     from megatron.training.arguments import parse_and_validate_args
 
@@ -46,9 +51,33 @@ def parse_arguments(
     return args
 
 
+def end_when_torchrun_says() -> None:
+    """SIGTERM ends this process if it is torchrun's, which sends it where another rank failed, whatever the main thread waits for.
+
+    Others send it too: SLURM to every process of a step that it preempts, and what follows from that comes as SIGUSR1 (scripts/launch.sh,
+    which has SIGTERM ignored). Blocked, it also leaves alone what is started from here: writers of checkpoints, W&B's service.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _alone() -> None:
+    """What a launcher says to a rank, where there is none: the only one."""
+    if "WORLD_SIZE" not in os.environ:
+        with socket.create_server(("localhost", 0)) as free:
+            port = free.getsockname()[1]
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+
+
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn ValueError into one line that starts with ``[error]`` and exit code 2.
+    """Turn ValueError into one line that starts with ``[error]`` and exit code 2; any other error is shown as it is, exit code 1.
 
     Before the process group exists all ranks fail alike and rank 0 speaks; after that the failing rank speaks and torchrun
     ends the others. A silent rank leaves last.
@@ -65,6 +94,10 @@ def user_errors() -> Iterator[None]:
         sys.stdout.flush()
         sys.stderr.flush()
         if not speaks and "TORCHELASTIC_RUN_ID" in os.environ:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the run script has it ignored
             time.sleep(SILENT_WAIT_S)
         os._exit(2)  # not sys.exit: a half-initialised process group may wait for ever for the other ranks
+    except Exception:
+        sys.excepthook(*sys.exc_info())  # torch's, once there is a process group: it names the rank
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)  # for the same reason, and Python would wait for processes that write checkpoints

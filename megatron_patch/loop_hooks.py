@@ -19,15 +19,15 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies import state_dict_saver as saver
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-from megatron.training import checkpointing, get_args, initialize
+from megatron.training import checkpointing, get_args, initialize, wandb_utils
 from megatron.training import training as mt
-from megatron.training.global_vars import get_wandb_writer
 
 from megatron_patch.best_so_far import BestSoFar
-from megatron_patch.checkpoint.saving import Saving, staged
+from megatron_patch.checkpoint.saving import Saving, staged, watched
 from megatron_patch.data.atomic_files import atomic_path, write_json
 from megatron_patch.data.pair_dataset import MicroBatchStream
 from megatron_patch.errors import AgreedError
+from megatron_patch.metric_writers import Tolerant, tolerant, tolerated
 from megatron_patch.model.qwen2 import Qwen2Config
 from megatron_patch.throughput import PHASES, StepClock, peak_flops, peak_memory, useful_flops
 
@@ -47,7 +47,7 @@ class LoopState:
     on_resume: Callable[[Any], None] = lambda checkpoint_args: None  # told the arguments that a loaded checkpoint was saved with
     console: Callable[[str], None] = field(default=lambda line: print_line(line))
     clock: StepClock = field(default_factory=StepClock)
-    tensorboard: "Tolerant | None" = None
+    writers: dict[str, Tolerant] = field(default_factory=dict)
     last_evaluated: int = -1
     iteration: int | None = None  # steps done; None before the first of this process
 
@@ -185,44 +185,12 @@ def _speed(state: LoopState, consumed: int, seconds: float, devices: int) -> dic
 
 def _show_elsewhere(values: dict[str, float], iteration: int) -> None:
     """In TensorBoard, and in Weights & Biases with ``--wandb-project``; the losses' own metrics upstream writes there."""
-    writer, wandb = mt.get_tensorboard_writer(), get_wandb_writer()
+    writer, wandb = mt.get_tensorboard_writer(), mt.get_wandb_writer()
     if writer:
         for name, value in values.items():
             writer.add_scalar(name, value, iteration)
     if wandb:
         wandb.log(values, iteration)
-
-
-class Tolerant:
-    """A writer that falls silent where its disk is full: it must not end the one rank that writes while the others wait for it."""
-
-    def __init__(self, writer: Any, say: Callable[[str], None]) -> None:
-        self._writer, self._say, self._silent = writer, say, False
-
-    def __getattr__(self, name: str) -> Any:
-        """A method of the writer, which says why it failed, once."""
-        method = getattr(self._writer, name)
-
-        def attempted(*args: Any, **kwargs: Any) -> Any:
-            if self._silent:
-                return None
-            try:
-                return method(*args, **kwargs)
-            except OSError as error:
-                self._silent = True
-                return self._say(str(error))
-
-        return attempted if callable(method) else method
-
-
-def _tensorboard(upstream: Callable, state: LoopState) -> Callable:
-    def get_tensorboard_writer() -> Any:
-        """The one writer, in the same wrapper every time."""
-        if state.tensorboard is None and (writer := upstream()) is not None:
-            state.tensorboard = Tolerant(writer, lambda why: state.console(f"[{state.mode}] TensorBoard writes no more: {why}"))
-        return state.tensorboard
-
-    return get_tensorboard_writer
 
 
 def _evaluate_and_print(_: Callable, state: LoopState) -> Callable:
@@ -327,7 +295,9 @@ HOOKS = (
     Hook("get_forward_backward_func", _schedule, "training.py:3614 and :4198 take M from the batch size; ours follows from the plan"),
     Hook("train_step", _train_step, "training.py:3856 calls it; its own timers want barriers"),
     Hook("training_log", _training_log, "training.py:2881 hides negative metrics, such as every log-prob"),
-    Hook("get_tensorboard_writer", _tensorboard, "training.py:2881 writes on one rank, whose full disk would end the run"),
+    Hook("get_tensorboard_writer", tolerant("TensorBoard"), "training.py:2881 writes on one rank, whose full disk would end the run"),
+    Hook("get_wandb_writer", tolerant("Weights & Biases"), "training.py:2683 the same, of a service that may die"),
+    Hook("on_save_checkpoint_success", tolerated, "training/checkpointing.py:1093 the same, after a save", wandb_utils),
     Hook("evaluate_and_print_results", _evaluate_and_print, "training.py:4418 prints a perplexity of every metric"),
     Hook("num_floating_point_operations", _flops, "training.py:391 counts padding and the logits of every prompt token"),
     Hook("check_checkpoint_args", _resume, "training/checkpointing.py:2498 restores only arguments that it knows", checkpointing),
@@ -340,7 +310,8 @@ HOOKS = (
     Hook("add_finalize_fn", _saving("later"), "training/checkpointing.py:1070 the same, of an asynchronous save's tracker", AsyncRequest),
     Hook("preload_tensors", staged, "filesystem_async.py:227 shares with training what is in host memory", FileSystemWriterAsync),
     Hook("get_write_results_queue", _deaf, "filesystem_async.py:65 starts a process of which saving needs an answer", filesystem_async),
-    Hook("init_persistent_async_worker", _deaf, "training/async_utils.py:58 starts those of --async-save", initialize),
+    Hook("init_persistent_async_worker", lambda start, state: watched(_deaf(start, state)), "training/async_utils.py:58 waits for ever "
+         "for one of --async-save that was killed", initialize),
     Hook("verify_integrity_manifest", _verify, "validation.py:590 reads again what was read before the start", serialization),
 )
 

@@ -14,8 +14,8 @@
 # GPU_MEMORY_GB (GiB; or DEVICE=cuda) plan for nodes and GPUs that need not be here.
 # The terminal shows lines that start with "[" (one a stage, a step or an error); everything goes to OUTPUT/logs/NAME.log.
 # SLURM does not hand --cpus-per-task on to srun; this file does, divided where a node has several tasks.
-# Exit code: 0 finished, 2 a user's error, 75 preempted (please requeue), 1 anything else. A job that leaves early after SLURM's warning, or
-# while SLURM preempts it, goes back into the queue.
+# Exit code: 0 finished, 2 a user's error, 75 preempted or stopped on the way (start it again), 1 anything else. A job that leaves early
+# after SLURM's warning, or while SLURM preempts it, goes back into the queue.
 
 refuse() { echo "[error] $*" >&2; exit 2; }
 # shellcheck disable=SC2053 # a glob may match
@@ -69,11 +69,13 @@ if [[ " $* " == *" --dry-run "* ]]; then
 else
   NNODES=${SLURM_NNODES:-${NNODES:-1}}
 fi
+[[ $NNODES =~ ^[1-9][0-9]*$ && ${NPROC_PER_NODE:-1} =~ ^[1-9][0-9]*$ ]] ||
+  refuse "NNODES, NPROC_PER_NODE: '$NNODES' and '${NPROC_PER_NODE:-1}' are not both numbers"
+CPUS=$((${SLURM_CPUS_PER_TASK:-0} * ${SLURM_NTASKS_PER_NODE:-1})) # of a node, if SLURM was asked for a number
+[ "$CPUS" = 0 ] || export SRUN_CPUS_PER_TASK=$CPUS                    # of a step's only task there
 if [ "$PLAN" = 0 ] && [ "$NNODES" -gt 1 ] && [ -z "${SLURM_JOB_ID:-}" ]; then
   refuse "NNODES=$NNODES without SLURM is for --dry-run only: sbatch -N $NNODES"
 fi
-CPUS=$((${SLURM_CPUS_PER_TASK:-0} * ${SLURM_NTASKS_PER_NODE:-1})) # of a node, if SLURM was asked for a number
-[ "$CPUS" = 0 ] || export SRUN_CPUS_PER_TASK=$CPUS                    # of a step's only task there
 NPROC_PER_NODE=${NPROC_PER_NODE:-$((GPUS > 0 ? GPUS : 1))}
 PRECISION=${PRECISION:-$([ "$GPUS" -gt 0 ] && echo bf16 || echo fp32)}
 
@@ -103,13 +105,12 @@ alone() {
   if [ "${#SRUN_FLAGS[@]}" = 0 ]; then "${PREFIX[@]}" "$@"; else srun --nodes=1 --ntasks=1 "${SRUN_FLAGS[@]}" "$@"; fi
 }
 
-# One line a user's error before anything is started. WORLD_SIZE is what the job will have; nothing talks to anybody yet.
-check() {
-  local log=$1; shift
-  WANDB_MODE=disabled RANK=0 WORLD_SIZE=$((NNODES * NPROC_PER_NODE)) LOCAL_RANK=0 alone "$PYTHON" "$@" --check >"$log" 2>&1 && return 0
-  local code=$?
-  show <"$log"
-  grep -q '^\[error\]' "$log" || explain "$log"
+# One process before anything is started: a user's error is one line. WORLD_SIZE is what the job will have; nothing talks to anybody yet.
+foresee() {
+  local log=$1 code=0; shift
+  WANDB_MODE=disabled RANK=0 WORLD_SIZE=$((NNODES * NPROC_PER_NODE)) LOCAL_RANK=0 alone "$PYTHON" "$@" >"$log" 2>&1 || code=$?
+  [ "$PLAN$code" = 00 ] || show <"$log"
+  [ "$code" = 0 ] || grep -q '^\[error\]' "$log" || explain "$log"
   return "$code"
 }
 
@@ -154,10 +155,8 @@ run_torch() {
   for word in "${more[@]}"; do # on_node.sh has more to say of it
     if [ "$NNODES" -gt 1 ] && [[ $word == --rdzv-conf=* ]]; then export RDZV_CONF=${word#*=}; else flags+=("$word"); fi
   done
-  if [ "$ON_TERM" != TERM ]; then # SLURM's SIGTERM meets every process of a step: torchrun must not end its ranks; those that fail, soon
-    flags+=("--signals-to-handle=SIGINT,SIGHUP,SIGQUIT")
-    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-5}
-  fi
+  # SLURM's SIGTERM meets every process of a step: torchrun must not end its ranks, which know torchrun's from others' (entry.py).
+  [ "$ON_TERM" = TERM ] || flags+=("--signals-to-handle=SIGINT,SIGHUP,SIGQUIT")
   # Without this, ranks that --max-restarts starts again find the addresses of the dead ones in the store (torch 2.13).
   export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
   if [ "$NNODES" -gt 1 ]; then
@@ -239,23 +238,29 @@ launch() {
   [ "$PRECISION" = fp32 ] || flags+=("--$PRECISION")
   if [ "$PLAN" = 1 ]; then
     [ -z "${GPU_MEMORY_GB:-}" ] || flags+=(--gpu-memory-gb "$GPU_MEMORY_GB")
-    RANK=0 WORLD_SIZE=$((NNODES * NPROC_PER_NODE)) LOCAL_RANK=0 alone "$PYTHON" "${run[@]}" "${flags[@]}" 2>&1 | show
+    log=$(mktemp --suffix=.log)
+    foresee "$log" "${run[@]}" "${flags[@]}" && rm "$log"
     return
   fi
-  mkdir -p "$output/logs"
+  mkdir -p "$output/logs" || refuse "OUTPUT: $output cannot be made"
   [ ! -s "$log" ] || mv "$log" "$output/logs/$name-$(date -r "$log" +%Y%m%d-%H%M%S).log" # of an earlier start
-  check "$log" "${run[@]}" "${flags[@]}" || return $?
-  [ "$warned" = 0 ] || return 75
+  foresee "$log" "${run[@]}" "${flags[@]}" --check || return $?
+  if [ "$warned" = 1 ]; then
+    warned=0 # a job that is warned before it began would be warned again
+    echo "[failed] the warning before the time limit came before anything had begun: the job needs more time than that" >&2
+    return 75
+  fi
   # USR1 reaches the workers, which torchrun starts in sessions of their own: Megatron saves at the next step. torchrun must not die of
   # it: it inherits "ignore". srun passes it on to the nodes (on_node.sh). A pipeline, not >(...): when it has ended the log is complete.
   # Its exit code is the job's alone: a full disk ends no job because of its log.
   (hold_out; set +e; run_torch "${run[@]}" "${flags[@]}" 2>&1 | (trap '' TERM; tee "$log" | show); exit "${PIPESTATUS[0]}") &
   wait_for $! || code=$?
   if [ "$code" = 0 ]; then
-    ! grep -qs '"preempted"' "$output/run_state.json" || return 75
+    ! grep -qsE '"(preempted|stopped)"' "$output/run_state.json" || return 75
   elif grep -q '^\[error\]' "$log"; then
     return 2
   elif [ "$terminated" = 1 ] || preempting; then
+    [ "$ON_TERM" = TERM ] || echo "[failed] told to end, the run came to no save: the next start goes on from the checkpoint before" >&2
     return 75
   else
     explain "$log"

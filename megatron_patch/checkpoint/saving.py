@@ -9,7 +9,11 @@ the run stops with one line or, with ``--continue-on-save-failure``, goes on.
 """
 
 import argparse
+import multiprocessing.connection
+import os
 import shutil
+import sys
+import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
@@ -17,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from torch.distributed.checkpoint import CheckpointException
 
@@ -243,6 +248,28 @@ def copied_from_memory(write_buckets: list[Any], non_blocking: bool = True) -> l
         for file, key, (others, tensors) in write_buckets
     ]
     return _preload(copied, non_blocking)
+
+
+def watched(start: Callable) -> Callable:
+    """In place of upstream's ``init_persistent_async_worker``, whose process may be killed (it needs memory for a copy of the model):
+    then this rank ends too. It would wait for an answer for ever, and the others for it."""
+
+    def init_persistent_async_worker(*args: Any, **kwargs: Any) -> None:
+        """The same."""
+        start(*args, **kwargs)
+        threading.Thread(target=_end_with, args=(PersistentAsyncCaller._persistent_process,), daemon=True).start()
+
+    return init_persistent_async_worker
+
+
+def _end_with(writer: Any) -> None:
+    multiprocessing.connection.wait([writer.sentinel])
+    if writer.exitcode:  # 0: it was told to end
+        rank, how = torch.distributed.get_rank(), f"ended with {writer.exitcode} (-9: killed; the machine's memory may have run out)"
+        lines = ("Traceback (most recent call last):", f"RuntimeError: the process that writes asynchronous checkpoints {how}")
+        sys.stderr.writelines(f"[rank{rank}]: {line}\n" for line in lines)  # as torch writes those of exceptions
+        sys.stderr.flush()
+        os._exit(1)
 
 
 def _unfinished() -> int:
