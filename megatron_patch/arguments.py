@@ -198,6 +198,12 @@ def _check_ranks(known: argparse.Namespace, layers: int) -> None:
             f"--pipeline-model-parallel-size {pp} does not divide the model's {layers} layers; sizes that do: {_list(_divisors(layers))}; "
             "--decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers make uneven stages"
         )
+    virtual = known.num_virtual_stages_per_pipeline_rank or 1
+    if layers % (pp * virtual) and not any(uneven):
+        raise ValueError(
+            f"--num-virtual-stages-per-pipeline-rank {virtual} does not divide the {layers // pp} layers of each of {pp} pipeline stages; "
+            f"numbers that do: {_list(_divisors(layers // pp))}"
+        )
     ranks, batch = world // (tp * pp * cp), known.global_batch_size
     if batch and batch % ranks:
         nearest = _list(size for size in (batch // ranks * ranks, -(-batch // ranks) * ranks) if size)

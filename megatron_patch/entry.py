@@ -72,7 +72,7 @@ def _alone() -> None:
     if "WORLD_SIZE" not in os.environ:
         with socket.create_server(("localhost", 0)) as free:
             port = free.getsockname()[1]
-        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT=str(port))
 
 
 @contextmanager

@@ -265,8 +265,8 @@ def watched(start: Callable) -> Callable:
 def _end_with(writer: Any) -> None:
     multiprocessing.connection.wait([writer.sentinel])
     if writer.exitcode:  # 0: it was told to end
-        rank, how = torch.distributed.get_rank(), f"ended with {writer.exitcode} (-9: killed; the machine's memory may have run out)"
-        lines = ("Traceback (most recent call last):", f"RuntimeError: the process that writes asynchronous checkpoints {how}")
+        rank, what = torch.distributed.get_rank(), "the process that writes asynchronous checkpoints"
+        lines = ("Traceback (most recent call last):", f"RuntimeError: {what} was killed (the machine's memory may have run out)")
         sys.stderr.writelines(f"[rank{rank}]: {line}\n" for line in lines)  # as torch writes those of exceptions
         sys.stderr.flush()
         os._exit(1)

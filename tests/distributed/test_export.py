@@ -1,6 +1,9 @@
 """Any checkpoint, from any layout to any, as a Hugging Face folder that transformers reads as the model that was trained."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,6 +39,17 @@ def test_the_last_checkpoint_is_the_exported_model(bench: Bench, trained: Path, 
     assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
     (difference,) = re.findall(r"\[export\] parity with transformers: (\S+) nats per token on 8 samples", run.output)
     assert float(difference) <= 5e-2
+
+
+def test_without_a_launcher(bench: Bench, trained: Path) -> None:
+    """As its own first line says."""
+    to = bench.folder("export-alone")
+    told = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in told}
+    command = [sys.executable, EXPORT, trained, "--to", to, "--device", "cpu", "--no-parity-check"]
+    done = subprocess.run(command, cwd=harness.ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and f"[export] step 10 of {trained}: {to}" in done.stdout, done.stdout + done.stderr
+    assert all(torch.equal(tensor, tensors(trained / "hf")[name]) for name, tensor in tensors(to).items())
 
 
 def test_an_earlier_checkpoint(bench: Bench, trained: Path) -> None:

@@ -4,6 +4,7 @@ Jobs are started as users start them, with the run script; the judge is the job 
 """
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -50,7 +51,7 @@ def ranks(job: subprocess.Popen[str]) -> dict[int, psutil.Process]:
     for process in psutil.Process(job.pid).children(recursive=True):
         try:
             if "train_qwen.py" in " ".join(process.cmdline()) and "RANK" in (of := process.environ()) and "LOCAL_WORLD_SIZE" in of:
-                found[int(of["RANK"])] = process
+                found.setdefault(int(of["RANK"]), process)  # after it come processes that it forked
         except psutil.Error:
             continue
     return found
@@ -89,6 +90,49 @@ def test_one_rank_is_killed(bench: Bench, undisturbed: Path, rank: int) -> None:
     assert_goes_on(bench, output, undisturbed)
 
 
+BUSY = """
+import os, signal, sys, time
+from megatron_patch.entry import end_when_torchrun_says
+end_when_torchrun_says()
+for _ in range(20):
+    os.kill(os.getpid(), signal.SIGTERM)  # not torchrun's
+time.sleep(0.5)
+print("still here", flush=True)
+if os.environ["RANK"] == "1":
+    os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(60)
+"""
+
+
+def test_a_rank_that_waits_for_nobody_ends_too(tmp_path: Path) -> None:
+    """SIGTERM, ignored as the run script has it: from others it ends no rank, from torchrun it does."""
+    (tmp_path / "busy.py").write_text(BUSY)
+    torchrun = f"{sys.executable} -m torch.distributed.run --standalone --signals-to-handle=SIGINT --nproc-per-node 2 {tmp_path}/busy.py"
+    environment = os.environ | {"PYTHONPATH": str(harness.ROOT)}
+    started = time.monotonic()
+    done = subprocess.run(["bash", "-c", f"trap '' TERM; {torchrun}"], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stdout.count("still here") == 2, done.stderr
+    assert time.monotonic() - started < 40, "it waited for torchrun's SIGKILL, 30 seconds later"
+
+
+ASYNCHRONOUS = ("--async-save", "--use-persistent-ckpt-worker", "--async-strategy", "mcore")
+
+
+def test_a_writer_of_asynchronous_saves_is_killed(bench: Bench, undisturbed: Path) -> None:
+    """It needs memory for a copy of the model."""
+    output = bench.folder("writer-killed")
+    job = start(bench, output, flags=ASYNCHRONOUS)
+    jobs.wait_for_step(output, 15)
+    for helper in ranks(job)[1].children():
+        if "resource_tracker" not in " ".join(helper.cmdline()):
+            helper.kill()
+    died = time.monotonic()
+    shown, errors = job.communicate(timeout=60)
+    assert time.monotonic() - died < 10 and job.returncode == 1, shown + errors
+    assert "[failed] rank 1: RuntimeError: the process that writes asynchronous checkpoints was killed" in errors, errors
+    assert_goes_on(bench, output, undisturbed)
+
+
 @pytest.mark.full
 def test_everything_is_killed(bench: Bench, undisturbed: Path) -> None:
     """A node that loses power: nobody says anything any more."""
@@ -113,11 +157,11 @@ def to_every_process(job: subprocess.Popen[str]) -> None:
             process.terminate()
 
 
-@pytest.mark.parametrize("send", [to_the_job, pytest.param(to_every_process, marks=pytest.mark.full)])
+@pytest.mark.parametrize("send", [pytest.param(to_the_job, marks=pytest.mark.full), to_every_process])
 def test_preempted_without_a_warning(bench: Bench, undisturbed: Path, send: Callable[[subprocess.Popen[str]], None]) -> None:
     """SIGTERM, to one or to all: saved at the next step, exit code 75, and no process left."""
     output = bench.folder("terminated")
-    job = start(bench, output)
+    job = start(bench, output, flags=("--wandb-project", "p"), WANDB_MODE="offline", WANDB_SILENT="true")  # a service among the processes
     jobs.wait_for_step(output, 13)
     everyone = ranks(job)
     send(job)

@@ -146,6 +146,8 @@ def test_layout_that_does_not_fit_the_job_names_the_flags(hf_path, monkeypatch):
         parse(["--global-batch-size", "71"], hf_path)
     with pytest.raises(ValueError, match=r"--pipeline-model-parallel-size 16 .* 24 layers; sizes that do: 1, 2, 3, 4, 6, 8, 12, 24;"):
         parse(["--pipeline-model-parallel-size", "16"], hf_path)
+    with pytest.raises(ValueError, match=r"--num-virtual-stages-per-pipeline-rank 4 .* 6 layers of each of 4 .* that do: 1, 2, 3, 6$"):
+        parse(["--pipeline-model-parallel-size", "4", "--num-virtual-stages-per-pipeline-rank", "4"], hf_path)
     assert parse(["--pipeline-model-parallel-size", "16", "--decoder-first-pipeline-num-layers", "9"], hf_path).num_layers == 24
     with pytest.raises(ValueError, match=r"32 processes cannot be cut into .* 2 x --pipeline-model-parallel-size 3"):
         parse(["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "3"], hf_path)

@@ -87,6 +87,7 @@ def test_hooked_global_exists_and_the_loop_looks_it_up(hook):
     callers = (mt.train, mt.evaluate, mt.pretrain, mt.save_checkpoint_and_time, checkpointing.load_checkpoint, serialization.save)
     callers += (serialization.load, filesystem_async.FileSystemWriterAsync.prepare_write_data, initialize.initialize_megatron)
     callers += (mt.training_log, checkpointing.save_checkpoint, torch_strategy._import_mcore_async)
+    callers += (filesystem_async.FileSystemWriterAsync.get_save_function_and_args,)
     assert any(hook.attribute in names_in(caller.__code__) for caller in callers)
 
 

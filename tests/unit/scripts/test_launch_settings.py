@@ -3,6 +3,7 @@
 import os
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,41 @@ def test_nodes_without_slurm_are_for_plans(tmp_path: Path) -> None:
 
 def test_no_gpu_whatever_is_listed(tmp_path: Path) -> None:
     assert settings(tmp_path, gpus=0, CUDA_VISIBLE_DEVICES="0,1").stdout.strip() == "0 1 fp32 1"
+
+
+@pytest.mark.parametrize("name", ["NNODES", "NPROC_PER_NODE"])
+def test_no_number(tmp_path: Path, name: str) -> None:
+    done = settings(tmp_path, **{name: "x"})
+    assert done.returncode == 2 and done.stderr.startswith("[error] NNODES, NPROC_PER_NODE: '"), done.stderr
+
+
+def test_output_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = shell(tmp_path, f"launch job {tmp_path}/file/run entry.py", {})
+    assert done.returncode == 2 and done.stderr.endswith(f"[error] OUTPUT: {tmp_path}/file/run cannot be made\n"), done.stderr
+
+
+STOPPED = """
+case "$*" in
+  *--check) ;;
+  *terminal.py) cat ;;
+  *) echo '{"state": "STATE", "iteration": 3}' >run/run_state.json ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(("state", "code"), [("finished", 0), ("stopped", 75), ("preempted", 75)])
+def test_how_a_run_ended_is_the_exit_code(tmp_path: Path, state: str, code: int) -> None:
+    """torchrun's is 0 whenever its ranks left by themselves."""
+    done = shell(tmp_path, "launch job run entry.py", {"python3": STOPPED.replace("STATE", state)})
+    assert done.returncode == code, done.stderr
+
+
+def test_a_plan_that_fails_says_why(tmp_path: Path) -> None:
+    body = 'case "$*" in *terminal.py) cat ;; *failure.py*) exec $REAL "$@" ;; *) echo "ValueError: 20 by 3"; exit 1 ;; esac'
+    script = f"export REAL={sys.executable} ROOT={ROOT}; PLAN=1; launch job run entry.py --dry-run"
+    done = shell(tmp_path, script, {"python3": body})
+    assert done.returncode == 1 and "[failed] ValueError: 20 by 3" in done.stderr and not (tmp_path / "run").exists(), done.stderr
 
 
 def test_unknown_device(tmp_path: Path) -> None:
