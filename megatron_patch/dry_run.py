@@ -74,7 +74,8 @@ def _model_line(args: argparse.Namespace) -> str:
 
 def _layout_line(args: argparse.Namespace) -> str:
     sizes = f"TP {args.tensor_model_parallel_size} x PP {args.pipeline_model_parallel_size} x CP {args.context_parallel_size}"
-    said = f"layout: {args.world_size} processes, {sizes} x DP {args.data_parallel_size}, {precision_name(args)}"
+    ranks = f"{args.world_size} process{'es' * (args.world_size > 1)}"
+    said = f"layout: {ranks}, {sizes} x DP {args.data_parallel_size}, {precision_name(args)}"
     if args.virtual_pipeline_model_parallel_size:
         said += f", {args.virtual_pipeline_model_parallel_size} virtual stages a rank"
     for flag in ("sequence_parallel", "use_distributed_optimizer", "share_prompt"):

@@ -69,10 +69,11 @@ def end_when_torchrun_says() -> None:
 
 def _alone() -> None:
     """What a launcher says to a rank, where there is none: the only one."""
-    if "WORLD_SIZE" not in os.environ:
+    if "MASTER_ADDR" not in os.environ:
         with socket.create_server(("localhost", 0)) as free:
             port = free.getsockname()[1]
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT=str(port))
+        for name, value in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "localhost", "MASTER_PORT": port}.items():
+            os.environ.setdefault(name, str(value))
 
 
 @contextmanager

@@ -13,7 +13,6 @@ from typing import Any
 
 from megatron_patch.data.atomic_files import read_json, write_json
 from megatron_patch.data.pair_store import PairStore, reference_files, reference_record
-from megatron_patch.streams import initial_weights
 
 FILE = "run.json"
 PACKAGES = ("torch", "megatron-core", "transformers", "safetensors", "numpy", "transformer-engine", "apex")
@@ -22,6 +21,8 @@ _ROOT = Path(__file__).parents[1]
 
 def origins(args: argparse.Namespace, train: Sequence[PairStore], valid: Sequence[PairStore]) -> dict[str, Any]:
     """Where a run's numbers come from, settings apart: the same on every rank and at every start, unless something changed."""
+    from megatron_patch.streams import initial_weights  # with megatron, for which nobody who reads records should wait
+
     return {
         "revision": _revision(),
         "versions": {"python": platform.python_version(), **_versions()},

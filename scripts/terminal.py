@@ -9,6 +9,7 @@ several ranks is shown once.
 import re
 import sys
 import time
+from contextlib import suppress
 
 from tqdm import tqdm
 
@@ -75,4 +76,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with suppress(KeyboardInterrupt):  # meant for the job, which says itself what it makes of it
+        main()

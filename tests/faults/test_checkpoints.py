@@ -269,7 +269,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("layout", ["one", "dp2-do"])
+@pytest.mark.parametrize("layout", ["one", pytest.param("dp2-do", marks=pytest.mark.full)])
 def test_disk_full_while_saving(bench: Bench, small_disk: Path, layout: str) -> None:
     """One line that says so and what to do; the checkpoint before it stays whole; with more room the same command comes to the end."""
     save = small_disk / "run"
