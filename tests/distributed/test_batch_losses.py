@@ -139,7 +139,7 @@ def test_a_loss_without_a_reference_needs_none(bench: Bench) -> None:
     assert ".ref.json" in run.errors.pop()
 
 
-@pytest.mark.ci
+@pytest.mark.full
 def test_every_loss_trains_and_differs_from_the_others(bench: Bench) -> None:
     """One step that moves the weights and a second one that shows where to: no two losses give the same gradient norms."""
     seen: dict[tuple[float, ...], str] = {}

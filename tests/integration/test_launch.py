@@ -10,8 +10,6 @@ import pytest
 
 from tests import jobs
 
-pytestmark = pytest.mark.ci
-
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -26,6 +24,7 @@ def start(work: Path, *flags: object) -> subprocess.Popen:
     return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
 
 
+@pytest.mark.ci
 def test_users_error_is_one_line_and_code_2(work: Path) -> None:
     job = start(work, "--train-iters", 5)
     shown, errors = job.communicate(timeout=120)
@@ -36,6 +35,7 @@ def test_users_error_is_one_line_and_code_2(work: Path) -> None:
     assert not (work / "run/metrics.jsonl").exists()
 
 
+@pytest.mark.full
 def test_usr1_saves_and_the_same_command_goes_on(work: Path) -> None:
     """SLURM's warning before the time limit: saved at the next step, exit code 75, and nothing is trained twice."""
     schedule = ("--lr-warmup-iters", 1, "--lr-decay-iters", 4000)
