@@ -15,7 +15,7 @@ import torch
 
 from megatron_patch.arguments import add_arguments
 from megatron_patch.checkpoint import foreign_code
-from megatron_patch.errors import AgreedError
+from megatron_patch.errors import AgreedError, end_now
 
 # torchrun ends all ranks as soon as one leaves, also the one that has yet to write the line: the silent ones wait to be ended.
 SILENT_WAIT_S = 20
@@ -31,8 +31,6 @@ def parse_arguments(
     """
     # Tensor parallelism wants it before Blackwell (training/arguments.py:1437), and CUDA reads it when it is initialised.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    if os.environ.get("ON_TERM") == "USR1":
-        end_when_torchrun_says()
     _alone()
     foreign_code.forbid()
     from megatron.training.arguments import parse_and_validate_args
@@ -55,14 +53,17 @@ def end_when_torchrun_says() -> None:
     """SIGTERM ends this process if it is torchrun's, which sends it where another rank failed, whatever the main thread waits for.
 
     Others send it too: SLURM to every process of a step that it preempts, and what follows from that comes as SIGUSR1 (scripts/launch.sh,
-    which has SIGTERM ignored). Blocked, it also leaves alone what is started from here: writers of checkpoints, W&B's service.
+    which has SIGTERM ignored and says so in ON_TERM). Blocked, it also leaves alone what is started from here: writers of checkpoints,
+    W&B's service. To be called before there are other threads, which would not have it blocked.
     """
+    if os.environ.get("ON_TERM") != "USR1":
+        return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def wait() -> None:
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
             pass
-        os._exit(128 + signal.SIGTERM)
+        end_now(128 + signal.SIGTERM)
 
     threading.Thread(target=wait, daemon=True).start()
 
@@ -92,13 +93,10 @@ def user_errors() -> Iterator[None]:
             sys.stderr.write(f"[error] {' '.join(str(error).split())}\n")
         if os.environ.get("LPO_TRACEBACK"):
             traceback.print_exc()
-        sys.stdout.flush()
         sys.stderr.flush()
         if not speaks and "TORCHELASTIC_RUN_ID" in os.environ:
             time.sleep(SILENT_WAIT_S)
-        os._exit(2)  # not sys.exit: a half-initialised process group may wait for ever for the other ranks
+        end_now(2)
     except Exception:
         sys.excepthook(*sys.exc_info())  # torch's, once there is a process group: it names the rank
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)  # for the same reason, and Python would wait for processes that write checkpoints
+        end_now(1)

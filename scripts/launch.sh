@@ -250,6 +250,7 @@ launch() {
     echo "[failed] the warning before the time limit came before anything had begun: the job needs more time than that" >&2
     return 75
   fi
+  ! preempting || return 75 # nobody was told: this was no step
   # USR1 reaches the workers, which torchrun starts in sessions of their own: Megatron saves at the next step. torchrun must not die of
   # it: it inherits "ignore". srun passes it on to the nodes (on_node.sh). A pipeline, not >(...): when it has ended the log is complete.
   # Its exit code is the job's alone: a full disk ends no job because of its log.
@@ -260,6 +261,7 @@ launch() {
   elif grep -q '^\[error\]' "$log"; then
     return 2
   elif [ "$terminated" = 1 ] || preempting; then
+    warned=0 # who had time to save and did not would have none the next time either
     [ "$ON_TERM" = TERM ] || echo "[failed] told to end, the run came to no save: the next start goes on from the checkpoint before" >&2
     return 75
   else

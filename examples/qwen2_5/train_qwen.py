@@ -11,11 +11,12 @@ import sys
 
 from megatron_patch import cpu_backend
 from megatron_patch.arguments import choose_device, requested_device
-from megatron_patch.entry import parse_arguments, user_errors
+from megatron_patch.entry import end_when_torchrun_says, parse_arguments, user_errors
 
 
 def main(argv: list[str]) -> None:
     """Train as the command line says."""
+    end_when_torchrun_says()
     device = choose_device(requested_device(argv))
     if device == "cpu":
         cpu_backend.install()

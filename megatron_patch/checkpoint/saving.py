@@ -9,8 +9,8 @@ the run stops with one line or, with ``--continue-on-save-failure``, goes on.
 """
 
 import argparse
+import atexit
 import multiprocessing.connection
-import os
 import shutil
 import sys
 import threading
@@ -28,9 +28,10 @@ from torch.distributed.checkpoint import CheckpointException
 from megatron_patch.checkpoint import saved
 from megatron_patch.checkpoint.foreign_code import foreign_code
 from megatron_patch.checkpoint.shared_hashes import gather_own, led_by_rank_zero
-from megatron_patch.errors import AgreedError
+from megatron_patch.errors import AgreedError, end_now
 
 _preload = FileSystemWriterAsync.preload_tensors  # upstream's: a process that writes asynchronous saves installs no hooks
+_CLOSING_S = 2.0
 _PROBE_BYTES = 1 << 16  # about what rank 0 writes beside the tensors
 
 
@@ -252,24 +253,29 @@ def copied_from_memory(write_buckets: list[Any], non_blocking: bool = True) -> l
 
 def watched(start: Callable) -> Callable:
     """In place of upstream's ``init_persistent_async_worker``, whose process may be killed (it needs memory for a copy of the model):
-    then this rank ends too. It would wait for an answer for ever, and the others for it."""
+    then this rank ends too. It would wait for an answer for ever, and the others for it. And at its end nobody waits for that process,
+    which hears no SIGTERM (entry.py) and is there also where nothing was saved."""
 
     def init_persistent_async_worker(*args: Any, **kwargs: Any) -> None:
         """The same."""
         start(*args, **kwargs)
-        threading.Thread(target=_end_with, args=(PersistentAsyncCaller._persistent_process,), daemon=True).start()
+        writer, leaving = PersistentAsyncCaller._persistent_process, threading.Event()
+        if writer is not None:  # --async-strategy mcore's
+            threading.Thread(target=_end_with, args=(writer, leaving), daemon=True).start()
+            atexit.register(writer.kill)
+            atexit.register(leaving.set)  # the last one registered is called first
 
     return init_persistent_async_worker
 
 
-def _end_with(writer: Any) -> None:
+def _end_with(writer: Any, leaving: threading.Event) -> None:
+    """Its exit code says nothing: whoever of two threads asks first gets it. Upstream forgets a process that it closed."""
     multiprocessing.connection.wait([writer.sentinel])
-    if writer.exitcode:  # 0: it was told to end
+    if not leaving.wait(_CLOSING_S) and PersistentAsyncCaller._persistent_process is writer:
         rank, what = torch.distributed.get_rank(), "the process that writes asynchronous checkpoints"
-        lines = ("Traceback (most recent call last):", f"RuntimeError: {what} was killed (the machine's memory may have run out)")
+        lines = ("Traceback (most recent call last):", f"RuntimeError: {what} is gone (killed? the machine's memory may have run out)")
         sys.stderr.writelines(f"[rank{rank}]: {line}\n" for line in lines)  # as torch writes those of exceptions
-        sys.stderr.flush()
-        os._exit(1)
+        end_now(1)
 
 
 def _unfinished() -> int:

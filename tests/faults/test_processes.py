@@ -108,7 +108,7 @@ def test_a_rank_that_waits_for_nobody_ends_too(tmp_path: Path) -> None:
     """SIGTERM, ignored as the run script has it: from others it ends no rank, from torchrun it does."""
     (tmp_path / "busy.py").write_text(BUSY)
     torchrun = f"{sys.executable} -m torch.distributed.run --standalone --signals-to-handle=SIGINT --nproc-per-node 2 {tmp_path}/busy.py"
-    environment = os.environ | {"PYTHONPATH": str(harness.ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(harness.ROOT), "ON_TERM": "USR1"}
     job = subprocess.Popen(["bash", "-c", f"trap '' TERM; exec {torchrun}"], env=environment, stdout=subprocess.PIPE, text=True)
     assert job.stdout is not None
     assert [job.stdout.readline(), job.stdout.readline()] == ["still here\n"] * 2
@@ -126,14 +126,17 @@ def test_a_writer_of_asynchronous_saves_is_killed(bench: Bench, undisturbed: Pat
     output = bench.folder("writer-killed")
     job = start(bench, output, flags=ASYNCHRONOUS)
     jobs.wait_for_step(output, 15)
-    for helper in ranks(job)[1].children():
-        if "resource_tracker" not in " ".join(helper.cmdline()):
-            helper.kill()
+    below = ranks(job)[1].children(recursive=True)
+    (writer,) = (helper for helper in below if helper.ppid() in {other.pid for other in below})  # a child of its server of processes
+    writer.kill()
     died = time.monotonic()
     shown, errors = job.communicate(timeout=60)
     assert time.monotonic() - died < 10 and job.returncode == 1, shown + errors
-    assert "[failed] rank 1: RuntimeError: the process that writes asynchronous checkpoints was killed" in errors, errors
+    assert "[failed] rank 1: RuntimeError: the process that writes asynchronous checkpoints is gone" in errors, errors
     assert_goes_on(bench, output, undisturbed)
+    job = start(bench, output, flags=ASYNCHRONOUS)  # finished: its writers are started, and never used
+    shown, errors = job.communicate(timeout=60)
+    assert job.returncode == 0, shown + errors
 
 
 @pytest.mark.full
