@@ -12,6 +12,7 @@ import re
 import signal
 import sys
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 
 LAST = 20
@@ -20,6 +21,7 @@ ERROR = re.compile(r"^(?:\[rank\d+\]: )?([A-Za-z_][\w.]*(?:Error|Exception|Inter
 # torchrun's agent: "W1121 09:35:15.718000 28021 .../torch/distributed/elastic/...", srun's "srun: error: ..."
 AGENT = re.compile(r"^(?:\[rank\d+\]:)?[WEI]\d{4} \d\d:\d\d:\d\d\.\d+ \d+ .*torch/distributed/elastic|^srun: ")
 ROOT_CAUSE = re.compile(r"Root Cause \(first observed failure\):.*?rank +: (\d+).*?exitcode +: ([^\n]*)", re.DOTALL)
+END = re.compile(r"^  time +: (\S+)$.*?^  rank +: (\d+).*?^  exitcode +: ([^\n]*)", re.DOTALL | re.MULTILINE)
 HINTS = (
     (
         "RendezvousTimeoutError",
@@ -51,9 +53,17 @@ def how_it_ended(exit_code: str) -> str:
 
 
 def killed(text: str) -> str | None:
-    """The rank that torchrun saw end first, if it was killed outright: whoever complains then lost the connection to it."""
-    causes = ROOT_CAUSE.finditer(text)  # every node's torchrun has one
-    return next((cause[1] for cause in causes if cause[2].startswith(f"-{signal.SIGKILL.value} ")), None)
+    """The rank that was killed outright, if one was when the first failed: whoever complains then lost the connection to it.
+
+    torchrun looks every tenth of a second, and names one of those that it finds; later it kills what does not end.
+    """
+    for summary in text.split("Failures:")[1:]:  # every node's torchrun has one
+        ends = [(datetime.strptime(time, "%Y-%m-%d_%H:%M:%S"), rank, code) for time, rank, code in END.findall(summary)]
+        first = min((time for time, *_ in ends), default=None)
+        for time, rank, code in ends:
+            if code.startswith(f"-{signal.SIGKILL.value} ") and (time - first).total_seconds() <= 1:
+                return rank
+    return None
 
 
 def explain(text: str) -> list[str]:

@@ -75,6 +75,28 @@ def test_a_rank_that_was_killed_is_the_first() -> None:
     assert head == "rank 1: killed by SIGKILL (the machine's memory may have run out)" and rest == ["step 7"]
 
 
+BOTH = """Failures:
+[1]:
+  time      : 2026-11-30_21:27:SECOND
+  host      : localhost
+  rank      : 1 (local_rank: 1)
+  exitcode  : -9 (pid: 30166)  (SIGKILL)
+Root Cause (first observed failure):
+[0]:
+  time      : 2026-11-30_21:27:26
+  host      : localhost
+  rank      : 0 (local_rank: 0)
+  exitcode  : 1 (pid: 30165)
+"""
+
+
+def test_found_at_once_the_killed_one_is_the_first() -> None:
+    """Not so one that torchrun itself killed half a minute later."""
+    log = "step 7\n" + traceback(0, "RuntimeError: Connection reset by peer")
+    assert explain(log + BOTH.replace("SECOND", "26"))[0].startswith("rank 1: killed by SIGKILL")
+    assert explain(log + BOTH.replace("SECOND", "56"))[0] == "rank 0: RuntimeError: Connection reset by peer"
+
+
 def test_nodes_that_did_not_meet() -> None:
     log = "Traceback (most recent call last):\ntorch.distributed.elastic.rendezvous.api.RendezvousTimeoutError\n"
     assert explain(log)[0].startswith("not all nodes of the job met in time: can they reach the first one")
