@@ -35,7 +35,7 @@ SLOW = {"kto-pair", "sum", "spo", "aot-unpaired"}
 
 def parameters(names: list[str]) -> list[object]:
     """Cases, the slower half of them in the ci tier."""
-    return [pytest.param(name, marks=[pytest.mark.ci] if name in SLOW else [], id=name) for name in names]
+    return [pytest.param(name, marks=[pytest.mark.full] if name in SLOW else [], id=name) for name in names]
 
 
 def trained(bench: Bench, layout: str, *flags: object) -> list[dict[str, float]]:
@@ -88,7 +88,7 @@ def test_statistics_are_those_of_the_batches_before(bench: Bench) -> None:
     assert abs(rows[-1]["statistics/bco/reward"]) > 0.01
 
 
-@pytest.mark.parametrize(("case", "layout"), [("alpha-dpo", "dp2"), pytest.param("spo", "tp2-sp", marks=pytest.mark.ci)])
+@pytest.mark.parametrize(("case", "layout"), [("alpha-dpo", "dp2"), pytest.param("spo", "tp2-sp", marks=pytest.mark.full)])
 def test_statistics_travel_in_checkpoints(bench: Bench, case: str, layout: str) -> None:
     """A resumed run has the losses and the statistics of one that was not interrupted, to the last bit."""
     uninterrupted = whole(bench, layout, *CASES[case])

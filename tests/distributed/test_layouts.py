@@ -34,9 +34,10 @@ ONCE = (
 )  # fmt: skip
 ALSO_QUICK = ("tp2-sp small chunks", "pp2 fixed rows", "full recompute", "share-prompt", "share-prompt tp2-sp")
 IN_FULL = [("finetune", "everything cp2"), ("finetune", "everything dp2"), ("pretrain", "everything cp2"), ("pretrain", "everything dp2")]
+LATER = {"ipo": "full", "lpo-ste": "full", "finetune": "full"}  # the layouts that are not quick; of sigmoid in CI
 TIERS = {
-    **{(mode, layout): "quick" if layout in quick else "ci" for mode, quick in QUICK.items() for layout in OTHERS},
-    **{(mode, layout): "ci" for mode in QUICK for layout in CONTEXT},
+    **{(mode, layout): LATER.get(mode, "ci") for mode in QUICK for layout in (*OTHERS, *CONTEXT)},
+    **{(mode, layout): "quick" for mode, quick in QUICK.items() for layout in quick},
     **{("sigmoid", layout): "quick" if layout in ALSO_QUICK else "ci" for layout in ONCE},
     **dict.fromkeys(IN_FULL, "full"),
     ("sigmoid", "cp2"): "quick",

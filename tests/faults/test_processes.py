@@ -121,6 +121,7 @@ def test_a_rank_that_waits_for_nobody_ends_too(tmp_path: Path) -> None:
 ASYNCHRONOUS = ("--async-save", "--use-persistent-ckpt-worker", "--async-strategy", "mcore")
 
 
+@pytest.mark.full
 def test_a_writer_of_asynchronous_saves_is_killed(bench: Bench, undisturbed: Path) -> None:
     """It needs memory for a copy of the model."""
     output = bench.folder("writer-killed")

@@ -156,7 +156,8 @@ def ranks_of_the_reference_pass(processes: Iterable[psutil.Process], output: Pat
     return found
 
 
-@pytest.mark.parametrize("stage", ["candidates", pytest.param("reference_logps", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("stage", ["candidates", "reference_logps"])
 def test_preempted_it_goes_on(work: Path, plain: Path, tmp_path: Path, stage: str) -> None:
     """SIGTERM to the shell: the stage ends, the job says 75, and the same command makes the same bytes."""
     output = tmp_path / "out"
