@@ -91,14 +91,18 @@ def test_one_rank_is_killed(bench: Bench, undisturbed: Path, rank: int) -> None:
 
 
 BUSY = """
-import os, signal, sys, time
+import os, pathlib, signal, sys, time
 from megatron_patch.entry import end_when_torchrun_says
 end_when_torchrun_says()
 for _ in range(20):
     os.kill(os.getpid(), signal.SIGTERM)  # not torchrun's
 time.sleep(0.5)
-print("still here", flush=True)
-if os.environ["RANK"] == "1":
+os.write(1, b"still here\\n")
+if os.environ["RANK"] == "0":
+    pathlib.Path(sys.argv[1]).touch()
+else:
+    while not os.path.exists(sys.argv[1]):
+        time.sleep(0.1)
     os.kill(os.getpid(), signal.SIGKILL)
 time.sleep(60)
 """
@@ -107,9 +111,10 @@ time.sleep(60)
 def test_a_rank_that_waits_for_nobody_ends_too(tmp_path: Path) -> None:
     """SIGTERM, ignored as the run script has it: from others it ends no rank, from torchrun it does."""
     (tmp_path / "busy.py").write_text(BUSY)
-    torchrun = f"{sys.executable} -m torch.distributed.run --standalone --signals-to-handle=SIGINT --nproc-per-node 2 {tmp_path}/busy.py"
+    torchrun = f"{sys.executable} -m torch.distributed.run --standalone --signals-to-handle=SIGINT --nproc-per-node 2"
     environment = os.environ | {"PYTHONPATH": str(harness.ROOT), "ON_TERM": "USR1"}
-    job = subprocess.Popen(["bash", "-c", f"trap '' TERM; exec {torchrun}"], env=environment, stdout=subprocess.PIPE, text=True)
+    command = ["bash", "-c", f"trap '' TERM; exec {torchrun} {tmp_path}/busy.py {tmp_path}/said"]
+    job = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     assert job.stdout is not None
     assert [job.stdout.readline(), job.stdout.readline()] == ["still here\n"] * 2
     died = time.monotonic()
