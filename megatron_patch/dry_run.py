@@ -18,6 +18,7 @@ USABLE = 0.9
 """Part of a GPU's memory that a plan may fill: CUDA's context, NCCL's buffers and the allocator's gaps are not in it (an assumption)."""
 RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 _LONGEST_LIST = 3
+_DOUBLINGS = 6
 _STEPS = 8  # looked at for the number of micro-batches
 
 
@@ -112,7 +113,7 @@ def _judge(args: argparse.Namespace, needed: int) -> None:
         return
     raise ValueError(
         f"--gpu-memory-gb {args.gpu_memory_gb:g}: a rank needs {needed / GIB:.1f} GiB and may fill {USABLE:.0%} of it; "
-        + (", or ".join(fitting(args)) or "no layout of so many processes fits: more GPUs, or a smaller --max-tokens-per-micro-batch")
+        + (", or ".join(fitting(args)) or f"no layout of so many processes fits: {with_more_processes(args)}")
     )
 
 
@@ -137,6 +138,18 @@ def fitting(args: argparse.Namespace) -> list[str]:
         if len(found) == _LONGEST_LIST:
             break
     return found
+
+
+def with_more_processes(args: argparse.Namespace) -> str:
+    """Twice, four times, ... as many, cut as far as they can be and with everything recomputed: the first that fits, in words."""
+    for times in (2**doublings for doublings in range(1, _DOUBLINGS + 1)):
+        more = altered(args, world_size=times * args.world_size)
+        if cuts := layouts(more):
+            tp, pp = max(cuts, key=lambda sizes: (prod(sizes), sizes[0]))
+            other = recomputed(with_layout(more, tp, pp))
+            if fits(other, needed := needs(other)):
+                return f"{more.world_size} with TP={tp} PP={pp} {RECOMPUTE} need {needed / GIB:.1f} GiB each"
+    return "a smaller --max-tokens-per-micro-batch"
 
 
 def _others(args: argparse.Namespace) -> Iterator[tuple[str, argparse.Namespace]]:

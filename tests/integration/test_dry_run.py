@@ -60,6 +60,20 @@ def test_what_does_not_fit_is_refused_with_what_does(tmp_path: Path, model: Path
 
 
 @pytest.mark.full
+def test_too_few_processes_are_refused_with_how_many_would_do(tmp_path: Path, model: Path) -> None:
+    """The number offered is then accepted, and half of it is not."""
+    flags, gpu = ("--hf-path", model, "--global-batch-size", 64), {"GPU_MEMORY_GB": "24"}
+    *_, error = plan(tmp_path / "run", *flags, code=2, NPROC_PER_NODE="1", **gpu)
+    found = re.search(r"no layout of so many processes fits: (\d+) with TP=(\d) PP=(\d) (--recompute.*) need ([\d.]+) GiB each$", error)
+    assert found, error
+    processes, tp, pp, recompute, needed = found.groups()
+    *_, stage, _ = plan(tmp_path / "run", *flags, *recompute.split(), NPROC_PER_NODE=processes, TP=tp, PP=pp, **gpu)
+    assert float(needed) == pytest.approx(float(re.search(r"([0-9.]+)   [0-9,]+ parameters", stage)[1]), abs=0.06) and float(needed) <= 21.6
+    *_, error = plan(tmp_path / "run", *flags, code=2, NPROC_PER_NODE=str(int(processes) // 2), **gpu)
+    assert "no layout of so many processes fits" in error
+
+
+@pytest.mark.full
 def test_one_layer_is_recomputed_at_a_time_in_blocks_too(tmp_path: Path, model: Path) -> None:
     """Blocks of all layers are what units of one layer are."""
     flags = ("--hf-path", model, "--global-batch-size", 64, "--recompute-granularity", "full")
