@@ -1,15 +1,22 @@
 """``--dry-run`` of the run script: what a job would be, from a config.json and from data, and what would fit where it does not."""
 
+import importlib.util
 import json
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests import jobs
 
-CONFIGS = Path(__file__).parents[1] / "data/qwen2_5_configs"
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "tests/data/qwen2_5_configs"
+_SPEC = importlib.util.spec_from_file_location("layout_table", ROOT / "scripts/layout_table.py")
+assert _SPEC and _SPEC.loader
+layout_table: Any = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(layout_table)
 GIB = 2**30
 
 
@@ -110,3 +117,13 @@ def test_a_plan_knows_the_data(tmp_path: Path) -> None:
         r"\[plan\] a step: 8 samples, 8 on each data-parallel rank, [\d,]+ tokens, in \d( to \d)? micro-batches of up to 100; "
         r"12 steps, 48 samples in the stores", lines[2],
     )  # fmt: skip
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("size", "gpus"), [("0.5B", 1), ("3B", 1), ("7B", 2), ("7B", 8), ("32B", 16)])
+def test_the_table_in_the_readme_is_what_the_script_prints(size: str, gpus: int) -> None:
+    """One cell of each kind; all of them take twenty minutes."""
+    (row,) = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(f"| {size} |")]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    found = layout_table.asked(CONFIGS / f"{size}.json", gpus, 80)
+    assert cells[1 + layout_table.GPUS.index(gpus)] == layout_table.shown(found)
