@@ -248,6 +248,8 @@ _RUN_DEFAULTS: dict[str, Any] = {
     "override_opt_param_scheduler": True,  # --train-iters may change on resume
     "dist_ckpt_optim_fully_reshardable": True,
     "verify_integrity": True,
+    "async_strategy": "mcore",  # the other one is a package that is not here, and nothing of ours would be in it
+    "use_persistent_ckpt_worker": True,  # without it --async-save is left out with a warning
     "exit_signal_handler": True,
     "exit_signal": 10,  # SIGUSR1
     "bias_swiglu_fusion": False,

@@ -77,7 +77,7 @@ def built_model(args: argparse.Namespace) -> list[Any]:
     """
     config = pretrain_cfg_container_from_args(args, model_config(args, []))
     initialize_megatron()
-    Saving(args, spare=tuple, say=lambda line: loop_hooks.print_line(f"[{args.train_mode}] {line}")).before_load()
+    Saving(args, best=lambda: None, say=lambda line: loop_hooks.print_line(f"[{args.train_mode}] {line}")).before_load()
     args.verify_integrity = False  # upstream would read it all again, on one rank
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model, _, _ = mt.setup_model_and_optimizer(ModelType.encoder_or_decoder, cfg_container=config, pg_collection=groups)

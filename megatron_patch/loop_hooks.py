@@ -4,8 +4,6 @@ Every row of ``HOOKS`` is a module global of ``megatron.training`` that the loop
 upstream's own does not do (line numbers: megatron-core 0.19.2). ``install`` is called by entries, once.
 """
 
-import json
-import math
 import signal
 import sys
 from collections.abc import Callable
@@ -17,14 +15,14 @@ import torch
 from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies import state_dict_saver as saver
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest, PersistentAsyncCaller
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-from megatron.training import checkpointing, get_args, initialize, wandb_utils
+from megatron.training import checkpointing, get_args, wandb_utils
 from megatron.training import training as mt
 
+from megatron_patch import metrics_file
 from megatron_patch.best_so_far import BestSoFar
 from megatron_patch.checkpoint.saving import Saving, staged, watched
-from megatron_patch.data.atomic_files import atomic_path, write_json
 from megatron_patch.data.pair_dataset import MicroBatchStream
 from megatron_patch.errors import AgreedError
 from megatron_patch.metric_writers import Tolerant, tolerant, tolerated
@@ -59,8 +57,8 @@ class LoopState:
         except ValueError as error:
             raise AgreedError(str(error)) from None
         get_args().best_so_far = self.best.state  # Megatron's args are saved in every checkpoint
-        if self.save is not None and self.best.best is not None and torch.distributed.get_rank() == 0:
-            write_json(self.save / "best.json", dict(zip(("step", "metric", "value"), self.best.best, strict=True)))
+        if self.saving is not None:
+            self.saving.note_best()  # at the end of training evaluations come after the save
 
 
 class Hook(NamedTuple):
@@ -199,7 +197,8 @@ def _evaluate_and_print(_: Callable, state: LoopState) -> Callable:
     def evaluate_and_print_results(
         prefix: str, forward_step_func: Callable, data_iterator: Any, model: Any, iteration: int, process: Any, config: Any, **kwargs: Any
     ) -> None:
-        if state.valid is None or iteration == state.last_evaluated:
+        iteration = iteration if state.iteration is not None else max(iteration, get_args().iteration)  # 0, where nothing was left to train
+        if state.valid is None or iteration == state.last_evaluated or _evaluated_before(state, iteration):
             return
         state.last_evaluated = iteration
         groups = {name: kwargs.get(name) for name in ("pg_collection", "p2p_communicator")}
@@ -220,7 +219,14 @@ def _evaluate_and_print(_: Callable, state: LoopState) -> Callable:
     return evaluate_and_print_results
 
 
-def _from_last_rank(values: dict[str, float]) -> dict[str, float]:
+def _evaluated_before(state: LoopState, iteration: int) -> bool:
+    """Whether an earlier start of this run did it, and this one has trained nothing since. Collective."""
+    if state.iteration is not None or state.save is None or get_args().skip_train:
+        return False
+    return _from_last_rank(_writes_metrics() and metrics_file.has_evaluation(state.save, iteration))
+
+
+def _from_last_rank[T](values: T) -> T:
     """Other pipeline stages have no metrics. Collective."""
     told: list[Any] = [values]
     torch.distributed.broadcast_object_list(told, src=torch.distributed.get_world_size() - 1)
@@ -310,8 +316,8 @@ HOOKS = (
     Hook("add_finalize_fn", _saving("later"), "training/checkpointing.py:1070 the same, of an asynchronous save's tracker", AsyncRequest),
     Hook("preload_tensors", staged, "filesystem_async.py:227 shares with training what is in host memory", FileSystemWriterAsync),
     Hook("get_write_results_queue", _deaf, "filesystem_async.py:65 starts a process of which saving needs an answer", filesystem_async),
-    Hook("init_persistent_async_worker", lambda start, state: watched(_deaf(start, state)), "training/async_utils.py:58 waits for ever "
-         "for one of --async-save that was killed", initialize),
+    Hook("_get_process", lambda start, state: watched(_deaf(start, state)), "async_utils.py:367 waits for ever for one that was killed",
+         PersistentAsyncCaller),
     Hook("verify_integrity_manifest", _verify, "validation.py:590 reads again what was read before the start", serialization),
 )
 
@@ -328,32 +334,20 @@ def _writes_metrics() -> bool:
 
 
 def record_metrics(state: LoopState, row: dict[str, Any]) -> None:
-    """Append one JSON object to ``<save>/metrics.jsonl``; JSON has no NaN and no infinity, so null.
+    """Append a row to the run's metrics.
 
     Raises:
         ValueError: it cannot be written, and the run was not told to go on.
     """
     if state.save is None:
         return
-    finite = {name: value if value is not None and math.isfinite(value) else None for name, value in row.items()}
     try:
-        with open(state.save / "metrics.jsonl", "a", encoding="utf-8") as stream:
-            stream.write(json.dumps(finite, allow_nan=False) + "\n")
+        metrics_file.append(state.save, row)
     except OSError as error:
-        complaint = f"{state.save / 'metrics.jsonl'}: the row of step {row['iteration']} could not be written: {error}"
+        complaint = f"{state.save / metrics_file.FILE}: the row of step {row['iteration']} could not be written: {error}"
         if not get_args().continue_on_save_failure:
             raise ValueError(complaint) from error
         state.console(f"[{state.mode}] {complaint}")
-
-
-def rewind_metrics(save: Path, iteration: int) -> None:
-    """Drop the rows of steps after ``iteration``: a resumed run writes them again."""
-    path = save / "metrics.jsonl"
-    if path.exists():
-        rows = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-        kept = [line for line in rows if json.loads(line)["iteration"] <= iteration]
-        with atomic_path(path) as temporary:
-            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
 
 _SHOWN = ("loss", "rewards/margins", "rewards/accuracies", "lpo/chosen_logratio", "lpo/rejected_logratio", "grad_norm")

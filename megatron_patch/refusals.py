@@ -32,7 +32,7 @@ REFUSED: tuple[tuple[Callable[[argparse.Namespace], object], str], ...] = (
     (lambda args: not args.pair_data and not args.dry_run, "--pair-data is required: the stores to work on"),
     (
         lambda args: args.iterations_to_skip,
-        "--iterations-to-skip hangs in megatron-core 0.19.2; use a different --seed or drop the pairs instead",
+        "--iterations-to-skip hangs in megatron-core 0.19.2; drop the pairs instead (or --skip-bad-batches)",
     ),
     (
         lambda args: args.micro_batch_size != 1,
@@ -49,8 +49,17 @@ REFUSED: tuple[tuple[Callable[[argparse.Namespace], object], str], ...] = (
     ),
     (lambda args: args.keep_last is not None and args.keep_last < 1, "--keep-last {keep_last}: at least one checkpoint has to stay"),
     (
-        lambda args: args.save and not _same(args.load, args.save) and saved.steps(Path(args.save)),
+        lambda args: args.save and not args.load and saved.steps(Path(args.save)),
         "--save {save} holds checkpoints, which this run would write over; --load {save} goes on from them, or give another folder",
+    ),
+    (
+        lambda args: args.ckpt_step and _same(args.load, args.save),
+        "--ckpt-step {ckpt_step} in the run's own folder: every start of the job would go back to it; to go back once, write "
+        "{ckpt_step} into {save}/" + saved.TRACKER,
+    ),
+    (
+        lambda args: args.async_save and args.async_strategy != "mcore",
+        "--async-strategy {async_strategy} is not supported: what makes asynchronous saves safe here is made for mcore's",
     ),
     (
         lambda args: args.use_checkpoint_args or args.pretrained_checkpoint or args.non_persistent_ckpt_type,

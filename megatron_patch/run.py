@@ -6,6 +6,7 @@ from disk to log-probs. Entries own the process (device, argument parsing, exit 
 
 import argparse
 import json
+import math
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.training.global_vars import get_signal_handler
 
-from megatron_patch import loop_hooks, run_record
+from megatron_patch import loop_hooks, metrics_file, run_record
 from megatron_patch.arguments import given_losses
 from megatron_patch.best_so_far import BestSoFar
 from megatron_patch.built_model import announce, model_config, precision
@@ -29,7 +30,7 @@ from megatron_patch.checkpoint.saving import Saving
 from megatron_patch.checksums import verify_data
 from megatron_patch.data.atomic_files import write_json
 from megatron_patch.data.batch_plan import BatchPlan, PairOrder
-from megatron_patch.data.pair_dataset import MicroBatchStream
+from megatron_patch.data.pair_dataset import MicroBatchStream, parse_weighted_prefixes
 from megatron_patch.errors import AgreedError
 from megatron_patch.evaluation import parity
 from megatron_patch.forward_step import ForwardStep, Objective, checked_finetune, checked_preference
@@ -82,7 +83,7 @@ class TrainingRun:
         self.forward_step = ForwardStep(self._objective(), self.model.vocab, args.logps_chunk_tokens, torch_spec=uses_torch_spec(args))
         followed = args.best_metric or args.early_stop_metric
         self.best = BestSoFar(args.best_metric, args.early_stop_metric, args.early_stop_patience) if followed else None
-        self.saving = Saving(args, self._best_step, self._say)
+        self.saving = Saving(args, lambda: self.best.best if self.best is not None else None, self._say)
         if not args.check:
             self._begin(device)
         self.hooks = loop_hooks.LoopState(
@@ -110,10 +111,6 @@ class TrainingRun:
                 verify_data([str(store.prefix) for store in (*train, *valid)], args.hf_path, self._say)
             if self.save is not None:
                 run_record.append(self.save, run_record.start_record(args, device) | origin)
-
-    def _best_step(self) -> tuple[int, ...]:
-        found = self.best.best if self.best is not None else None
-        return () if found is None else (found[0],)
 
     def _finds_a_reference(self) -> bool:
         """For losses that need no reference: one that is there gives metrics their log-ratios and the step-0 gate its judge."""
@@ -148,13 +145,7 @@ class TrainingRun:
         other = run_record.of_another_run(json.loads(origins), json.loads(self.args.origins)) if origins and self.saving.own else None
         if other is not None:
             raise AgreedError(f"{self.save} holds the checkpoints of another run: {other}; give this one a folder of its own")
-        began_with = getattr(checkpoint_args, "share_prompt", self.args.share_prompt)
-        if began_with != self.args.share_prompt:
-            began = "with" if began_with else "without"
-            raise AgreedError(
-                f"--share-prompt decides the order of an epoch's pairs, and this checkpoint's run began {began} it: going on otherwise "
-                "would leave pairs out and repeat others"
-            )
+        self._refuse_another_order(checkpoint_args)
         if not self.statistics.restore(getattr(checkpoint_args, "loss_statistics", None)):
             self._say("the checkpoint was saved with other losses: the running statistics of these start anew")
         self._keep_statistics(self.statistics.state)
@@ -164,6 +155,33 @@ class TrainingRun:
             if self.best.stops:
                 self._say("nothing is left to train: evaluations had stopped getting better when this checkpoint was saved")
                 self.args.train_iters = 0
+
+    def _refuse_another_order(self, began: argparse.Namespace) -> None:
+        """AgreedError if these arguments, unlike those that the checkpoint's run began with, put an epoch's pairs into another order."""
+        if self.args.finetune:  # begins anew, with another run's weights
+            return
+        weights = parse_weighted_prefixes(getattr(began, "pair_data", self.args.pair_data))[1]
+        orders = {"the weights in --pair-data decide": (weights, self.weights)}
+        for name in ("share_prompt", "seed"):
+            now = getattr(self.args, name)
+            orders[f"--{name.replace('_', '-')} decides"] = (getattr(began, name, now), now)
+        for what, (before, now) in orders.items():
+            if before != now:
+                raise AgreedError(
+                    f"{what} the order of an epoch's pairs, and this checkpoint's run began with {before}, not {now}: going on otherwise "
+                    "would leave pairs out and repeat others"
+                )
+
+    def _fit_epochs(self) -> None:
+        """What is left of ``--epochs``, in steps of this --global-batch-size; those that are done may have had another."""
+        args, done = self.args, self.args.consumed_train_samples
+        if not args.epochs or not args.iteration or not args.train_iters:
+            return
+        left = max(0, math.ceil(args.epochs * len(self.train)) - done)
+        steps = args.iteration + -(-left // args.global_batch_size)
+        if steps != args.train_iters:
+            self._say(f"--epochs {args.epochs:g}: {steps} steps in all, since the {args.iteration} done took {done} samples")
+            args.train_iters = steps
 
     def model_config(self) -> Any:
         """The model's config, with the step checks in front of the optimizer; installs the loop hooks and the resumable AdamW."""
@@ -271,12 +289,13 @@ class TrainingRun:
         train = self.train_stream()
         valid = full_pass(args, self.valid, self.model.vocab, needs_peers(self.losses)) if self.valid is not None else None
         self.hooks.train, self.hooks.valid = train, valid
+        self._fit_epochs()
         self._refuse_split_batches(train.plan)
         if not vp_stage:
             self._check_parity()
         if self.save is not None and torch.distributed.get_rank() == torch.distributed.get_world_size() - 1 and not vp_stage:
             self.save.mkdir(parents=True, exist_ok=True)
-            loop_hooks.rewind_metrics(self.save, args.iteration)
+            metrics_file.rewind(self.save, args.iteration)
         return train.from_position(args.consumed_train_samples), valid.repeated() if valid is not None else None, None
 
     def _refuse_split_batches(self, plan: BatchPlan) -> None:

@@ -34,9 +34,11 @@ read_config() {
 if [ -n "${CONFIG:-}" ]; then
   [ -f "$CONFIG" ] || refuse "CONFIG: no file $CONFIG"
   read_config "$CONFIG"
+  unset CONFIG # what it says is in the environment of all that follows, also where that file is not
 fi
 
 PYTHON=${PYTHON:-$ROOT/.venv/bin/python}
+HOST_PYTHON=${HOST_PYTHON:-$PYTHON} # of what runs outside of the image
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} # Megatron refuses TP > 1 without it before Blackwell
 export LPO_TRACEBACK=1 # for the log; the terminal shows the one line
@@ -79,10 +81,10 @@ fi
 NPROC_PER_NODE=${NPROC_PER_NODE:-$((GPUS > 0 ? GPUS : 1))}
 PRECISION=${PRECISION:-$([ "$GPUS" -gt 0 ] && echo bf16 || echo fp32)}
 
-# Lines for the terminal: ours only, steps as one progress bar.
-show() { "$PYTHON" "$ROOT/scripts/terminal.py"; }
+# Lines for the terminal: ours only, steps as one progress bar. With a path: and all of them into that log.
+show() { "$HOST_PYTHON" "$ROOT/scripts/terminal.py" "$@"; }
 # After a failure that is no user's error: the first error of the first rank that failed, its last lines, the log's path.
-explain() { "$PYTHON" "$ROOT/scripts/failure.py" "$1"; }
+explain() { "$HOST_PYTHON" "$ROOT/scripts/failure.py" "$1"; }
 
 # How jobs run from here on: in an image (none: as they are), by pyxis where srun has it, else by apptainer, with the folders
 # CONTAINER_MOUNTS (default: the repository and this folder) at their own places.
@@ -91,10 +93,13 @@ in_image() {
   local mounts=${CONTAINER_MOUNTS:-$ROOT:$ROOT,$PWD:$PWD}
   SRUN_FLAGS=() PREFIX=()
   [ -n "$1" ] || return 0
+  HOST_PYTHON=$ROOT/.venv/bin/python
+  [ -x "$HOST_PYTHON" ] || HOST_PYTHON=$(command -v python3) || refuse "PYTHON is the image's; the host needs a python3 (3.10 or later) too"
   if [ -n "${SLURM_JOB_ID:-}" ] && srun --help 2>&1 | grep -q -e --container-image; then
-    SRUN_FLAGS=("--container-image=$1" "--container-mounts=$mounts")
+    SRUN_FLAGS=("--container-image=$1" "--container-mounts=$mounts" "--container-workdir=$PWD")
   elif command -v apptainer >/dev/null; then
     PREFIX=(apptainer exec --nv --bind "$mounts" "$1")
+    export HOST_PYTHON # for on_node.sh, which pyxis puts into the image and apptainer does not
   else
     refuse "an image ($1) needs pyxis or apptainer, and neither is here"
   fi
@@ -254,7 +259,7 @@ launch() {
   # USR1 reaches the workers, which torchrun starts in sessions of their own: Megatron saves at the next step. torchrun must not die of
   # it: it inherits "ignore". srun passes it on to the nodes (on_node.sh). A pipeline, not >(...): when it has ended the log is complete.
   # Its exit code is the job's alone: a full disk ends no job because of its log.
-  (hold_out; set +e; run_torch "${run[@]}" "${flags[@]}" 2>&1 | (trap '' TERM; tee "$log" | show); exit "${PIPESTATUS[0]}") &
+  (hold_out; set +e; run_torch "${run[@]}" "${flags[@]}" 2>&1 | (trap '' TERM; show "$log"); exit "${PIPESTATUS[0]}") &
   wait_for $! || code=$?
   if [ "$code" = 0 ]; then
     ! grep -qsE '"(preempted|stopped)"' "$output/run_state.json" || return 75

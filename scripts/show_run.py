@@ -13,9 +13,9 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from megatron_patch import display
+from megatron_patch import display, metrics_file
 from megatron_patch.checkpoint import saved
 from megatron_patch.data.atomic_files import read_json
 from megatron_patch.run_record import starts
@@ -24,17 +24,10 @@ _STYLE = "img { width: 100%; background: #fff; border-radius: 8px; } details { m
 METRICS = ("loss", "rewards/accuracies", "rewards/margins", "lpo/chosen_logratio", "grad_norm", "eval_loss")
 
 
-def read_rows(save: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl; a last line that is still being written is left out."""
-    path = save / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
-
-
 def facts(save: Path) -> Iterator[tuple[str, str]]:
     """(name, value) lines about a run."""
     begun = starts(save)
-    last, rows = begun[-1], read_rows(save)
+    last, rows = begun[-1], metrics_file.rows(save)
     yield "started", begun[0]["started"] + (f", {len(begun)} times, last {last['started']}" if len(begun) > 1 else "")
     state = read_json(save / "run_state.json", "how a run ended") if (save / "run_state.json").exists() else None
     yield "state", f"{state['state']} at step {state['iteration']}" if state else "running, or killed"
@@ -69,7 +62,7 @@ def draw(runs: Sequence[Path], metrics: Sequence[str], to: Path | BinaryIO, kind
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = {run: read_rows(run) for run in runs}
+    rows = {run: metrics_file.rows(run) for run in runs}
     known = sorted({name for of in rows.values() for row in of for name in row} - {"iteration"})
     unknown = [name for name in metrics if name not in known]
     if not metrics:
@@ -122,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{run}")
             for name, value in (*facts(run), *(settings(run) if args.settings else ())):
                 print(display.visible(f"  {name:20} {value}"))
-        there = {name for run in args.runs for row in read_rows(run) for name in row}
+        there = {name for run in args.runs for row in metrics_file.rows(run) for name in row}
         metrics = args.metrics or [name for name in METRICS if name in there]
         if args.png:
             draw(args.runs, metrics, args.png)

@@ -20,6 +20,7 @@ from megatron_patch.data.atomic_files import atomic_path, read_json, sha256_file
 
 TRACKER = "latest_checkpointed_iteration.txt"
 MANIFEST = "integrity.json"
+BEST = "best.json"
 _THREADS = min(16, os.cpu_count() or 1)
 HashFiles = Callable[[Sequence[Path]], dict[str, str]]
 
@@ -47,6 +48,14 @@ def write_tracker(folder: Path, step: int) -> None:
     """Name a step, atomically."""
     with atomic_path(folder / TRACKER) as temporary:
         temporary.write_text(str(step), encoding="utf-8")
+
+
+def best_step(folder: Path) -> int | None:
+    """The step that ``best.json`` names, whose checkpoint was whole when it was written."""
+    try:
+        return int(read_json(folder / BEST, "the best evaluation of a run")["step"])
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def hash_files(files: Sequence[Path]) -> dict[str, str]:
@@ -100,7 +109,7 @@ def check_loadable(folder: Path, step: int | None = None, hashes: HashFiles = ha
     if tracked is None:
         if steps(folder) or (folder / TRACKER).exists():
             raise ValueError(f"{folder / TRACKER} names no checkpoint; write the number of one into it ({_listed(steps(folder))})")
-        return
+        raise ValueError(f"--load {folder}: no checkpoint is there")
     chosen = step or tracked
     complaint = damage(folder_of(folder, chosen), hashes)
     if complaint:
@@ -157,7 +166,7 @@ def _free_name(path: Path) -> Path:
     return next(name for name in names if not name.exists())
 
 
-def keep_newest(folder: Path, count: int, spare: Collection[int] = ()) -> None:
+def keep_newest(folder: Path, count: int, spare: Collection[int | None] = ()) -> None:
     """Remove all but ``count`` checkpoints up to the tracked one; those in ``spare`` stay besides."""
     tracked = tracked_step(folder)
     saved = [step for step in steps(folder) if tracked is not None and step <= tracked]

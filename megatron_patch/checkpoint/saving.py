@@ -15,8 +15,8 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from torch.distributed.checkpoint import CheckpointException
 from megatron_patch.checkpoint import saved
 from megatron_patch.checkpoint.foreign_code import foreign_code
 from megatron_patch.checkpoint.shared_hashes import gather_own, led_by_rank_zero
+from megatron_patch.data.atomic_files import write_json
 from megatron_patch.errors import AgreedError, end_now
 
 _preload = FileSystemWriterAsync.preload_tensors  # upstream's: a process that writes asynchronous saves installs no hooks
@@ -39,44 +40,53 @@ class Saving:
     """One run's checkpoints.
 
     Args:
-        args: ``--save`` (one's own folder), ``--load`` (that one or another run's), ``--ckpt-step``, ``--keep-last`` and
-            ``--continue-on-save-failure``.
-        spare: steps whose checkpoints stay whatever ``--keep-last`` says. say: prints one line.
+        args: ``--save`` (one's own folder), ``--load`` (that one, or another run's to begin with), ``--ckpt-step`` of another run's,
+            ``--keep-last`` and ``--continue-on-save-failure``. Those of loading change when there is something to go on from.
+        best: step, metric and value of the best evaluation, whose checkpoint stays whatever ``--keep-last`` says. say: prints one line.
     """
 
-    def __init__(self, args: argparse.Namespace, spare: Callable[[], Collection[int]], say: Callable[[str], None]) -> None:
+    def __init__(self, args: argparse.Namespace, best: Callable[[], tuple[int, str, float] | None], say: Callable[[str], None]) -> None:
         self.args = args
         self.folder, self.load = (Path(path) if path else None for path in (args.save, args.load))
-        self.step, self.keep, self.go_on = args.ckpt_step, args.keep_last, args.continue_on_save_failure
-        self.spare, self.say = spare, say
+        self.keep, self.go_on = args.keep_last, args.continue_on_save_failure
+        self.best, self.say = best, say
         self.own = self.folder is not None and self.load is not None and self.folder.resolve() == self.load.resolve()
         self._verified: set[Path] = set()
         self._complaint: str | None = None  # of a write that rank 0 does alone
         self._hashes: dict[str, str] = {}  # on rank 0: of the files that the save at hand has written
-        self._last: int | None = None  # step of the last save that did not fail, finished or not
+        self._saved: set[int] = set()  # steps whose saves did not fail, finished or not
         self._writing: list[int] = []  # steps whose saves have not come to their end
 
     def before_load(self) -> None:
         """What will be loaded is whole. AgreedError if it cannot be. Collective."""
         started = time.perf_counter()
-        chosen, lines = led_by_rank_zero(self._look)
-        if chosen is not None:
-            assert self.load is not None
-            self._verified.add(saved.folder_of(self.load, chosen).resolve())
+        folder, chosen, lines = led_by_rank_zero(self._look)
+        if folder is not None and folder == self.folder and not self.own:  # what was said about loading is of the other run
+            vars(self.args).update(load=str(folder), ckpt_step=None, finetune=False, no_load_optim=None, no_load_rng=None)
+            self.load, self.own = folder, True
+        if folder is not None and chosen is not None:
+            self._verified.add(saved.folder_of(folder, chosen).resolve())
             lines = [*lines, f"going on from the checkpoint of step {chosen} (checksums compared in {time.perf_counter() - started:.1f} s)"]
         for line in lines if torch.distributed.get_rank() == 0 else ():
             self.say(line)
 
-    def _look(self, hashes: saved.HashFiles) -> tuple[int | None, list[str]]:
-        """The step that will be loaded, None if there is no checkpoint, and what was not as it should be."""
+    def _look(self, hashes: saved.HashFiles) -> tuple[Path | None, int | None, list[str]]:
+        """The folder and step that will be loaded, no step if there is no checkpoint, and what was not as it should be.
+
+        A run that began with another one's checkpoint goes on from its own as soon as it has one: a requeued job says ``--load`` again.
+        """
+        lines: list[str] = []
         if self.load is None:
-            return None, []
-        lines = []
-        if self.own and self.step is None:
-            lines = saved.recover(self.load, hashes)
-        else:
-            saved.check_loadable(self.load, self.step, hashes)
-        return self.step or saved.tracked_step(self.load), lines
+            return None, None, lines
+        if self.folder is not None:
+            lines = saved.recover(self.folder, hashes)
+            step = saved.tracked_step(self.folder)
+            if step is not None and not self.own:
+                lines.append(f"{self.folder} has checkpoints of this run, so --load {self.load} is not used")
+            if step is not None or self.own:
+                return self.folder, step, lines
+        saved.check_loadable(self.load, self.args.ckpt_step, hashes)
+        return self.load, self.args.ckpt_step or saved.tracked_step(self.load), lines
 
     def verify(self, checkpoint: str) -> None:
         """In place of upstream's check, which reads one file after another; what was checked at the start is not read again."""
@@ -130,17 +140,19 @@ class Saving:
 
         def save_checkpoint(iteration: int, *args: Any, **kwargs: Any) -> None:
             """Saved, or cleared away again. Collective."""
-            if iteration == self._last or (self.own and iteration == self.args.iteration):
+            if iteration in self._saved or (self.own and iteration == self.args.iteration):
                 return  # nothing was trained since this checkpoint was saved or loaded: it is not written over
             self._prune()
             before = self._tracked()
             self._writing.append(iteration)
             complaint = self._agreed(self._probe(iteration)) or self._agreed(self._attempt(lambda: upstream(iteration, *args, **kwargs)))
             if complaint:
+                self._writing.remove(iteration)
                 self._failed([iteration], before, complaint)
             else:
-                self._last = iteration
+                self._saved.add(iteration)
             self._forget_finished()
+            self.note_best()
             self._prune()
 
         return save_checkpoint
@@ -158,6 +170,7 @@ class Saving:
             if complaint:
                 self._failed(self._writing, before, complaint)
             self._forget_finished()
+            self.note_best()
             self._prune()
 
         return maybe_finalize_async_save
@@ -177,6 +190,7 @@ class Saving:
         try:
             target.mkdir(parents=True, exist_ok=True)
             (target / "probe").write_bytes(b"\0" * _PROBE_BYTES)
+            (target / saved.MANIFEST).unlink(missing_ok=True)  # of a checkpoint that a user went back from
         except OSError as error:
             return str(error)
         finally:
@@ -214,7 +228,7 @@ class Saving:
                     (self.folder / saved.TRACKER).unlink(missing_ok=True)
                 elif saved.tracked_step(self.folder) != before:
                     saved.write_tracker(self.folder, before)
-        self._last = None if self._last in written else self._last
+        self._saved -= {*written}
         which = f"the checkpoint of step {' or '.join(map(str, written))}"
         if not self.go_on:
             raise AgreedError(
@@ -224,9 +238,29 @@ class Saving:
         if torch.distributed.get_rank() == 0:
             self.say(f"{which} could not be saved: {complaint}. Training goes on; what was saved before is untouched")
 
+    def note_best(self) -> None:
+        """``best.json`` names the checkpoint of the best evaluation as soon as it is whole; until then, the best one before it."""
+        best = self.best()
+        if self.folder is None or best is None or torch.distributed.get_rank() or best[0] not in self._saved:
+            return
+        if best[0] != saved.best_step(self.folder) and (saved.folder_of(self.folder, best[0]) / saved.MANIFEST).exists():
+            with self._said(saved.BEST + " could not be written"):
+                write_json(self.folder / saved.BEST, dict(zip(("step", "metric", "value"), best, strict=True)))
+
     def _prune(self) -> None:
-        if self.keep is not None and self.folder is not None and torch.distributed.get_rank() == 0:
-            saved.keep_newest(self.folder, self.keep, self.spare())
+        if self.keep is None or self.folder is None or torch.distributed.get_rank():
+            return
+        best = self.best()
+        with self._said("an old checkpoint could not be removed"):
+            saved.keep_newest(self.folder, self.keep, {saved.best_step(self.folder), best[0] if best else None})
+
+    @contextmanager
+    def _said(self, what: str) -> Iterator[None]:
+        """An OSError of rank 0 alone that should end no run is a line."""
+        try:
+            yield
+        except OSError as error:
+            self.say(f"{what}: {error}")
 
 
 _NO_DETAIL = "a write failed"
@@ -251,21 +285,22 @@ def copied_from_memory(write_buckets: list[Any], non_blocking: bool = True) -> l
     return _preload(copied, non_blocking)
 
 
-def watched(start: Callable) -> Callable:
-    """In place of upstream's ``init_persistent_async_worker``, whose process may be killed (it needs memory for a copy of the model):
-    then this rank ends too. It would wait for an answer for ever, and the others for it. And at its end nobody waits for that process,
-    which hears no SIGTERM (entry.py) and is there also where nothing was saved."""
+def watched(start: Callable) -> staticmethod:
+    """In place of upstream's ``PersistentAsyncCaller._get_process``, whose process may be killed (it needs memory for a copy of the
+    model): then this rank ends too. It would wait for an answer for ever, and the others for it. And at its end nobody waits for that
+    process, which hears no SIGTERM (entry.py) and is there also where nothing was saved. The save at the end of training has another."""
 
-    def init_persistent_async_worker(*args: Any, **kwargs: Any) -> None:
+    def _get_process(*args: Any, **kwargs: Any) -> Any:
         """The same."""
-        start(*args, **kwargs)
-        writer, leaving = PersistentAsyncCaller._persistent_process, threading.Event()
-        if writer is not None:  # --async-strategy mcore's
+        known = PersistentAsyncCaller._persistent_process
+        writer, leaving = start(*args, **kwargs), threading.Event()
+        if writer is not known:
             threading.Thread(target=_end_with, args=(writer, leaving), daemon=True).start()
             atexit.register(writer.kill)
             atexit.register(leaving.set)  # the last one registered is called first
+        return writer
 
-    return init_persistent_async_worker
+    return staticmethod(_get_process)
 
 
 def _end_with(writer: Any, leaving: threading.Event) -> None:

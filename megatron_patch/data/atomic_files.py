@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: written under a temporary name in the same folder, flushed, then renamed.
+"""Files that appear whole or not at all: written under a temporary name in the same folder, flushed, then renamed; and whole lines.
 
 The same folder, because a rename is atomic only within one file system. The temporary name is one process's alone, also among the nodes
 that share a file system, where process ids repeat: two writers of one file do not spoil each other's bytes, the last rename wins.
@@ -33,6 +33,18 @@ def atomic_path(final: str | Path) -> Iterator[Path]:
         flush(Path(final).parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file, or leave it as it was. OSError if the disk did not take it."""
+    with open(path, "ab", buffering=0) as stream:
+        end, left = stream.tell(), (line + "\n").encode()
+        try:
+            while left:
+                left = left[stream.write(left) :]
+        except OSError:
+            stream.truncate(end)
+            raise
 
 
 def temporary_path(final: Path) -> Path:

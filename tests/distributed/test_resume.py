@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from megatron_patch.checkpoint.hf_files import weights_fingerprint
+from megatron_patch.checkpoint.saved import tracked_step
 from megatron_patch.data.pair_store import PairStore
 from megatron_patch.run_record import starts
 from tests.distributed import harness
@@ -72,7 +73,29 @@ def test_share_prompt_may_not_change(bench: Bench) -> None:
     start = whole(bench, "one")
     run = bench.attempt("one", bench.folder("share-prompt-changed"), bench.reference(), "--load", start, "--share-prompt")
     (error,) = run.errors
-    assert run.codes == [2] and "--share-prompt" in error and "began without it" in error
+    assert run.codes == [2] and "--share-prompt" in error and "began with False, not True" in error
+
+
+@pytest.mark.parametrize("flags", [("--seed", 99), ("--pair-data", 2, "STORE", 1, "STORE")])
+def test_what_orders_the_pairs_may_not_change(bench: Bench, flags: tuple[object, ...]) -> None:
+    start, store = whole(bench, "one"), bench.reference()
+    given = [store if word == "STORE" else word for word in flags]
+    run = bench.attempt("one", bench.folder(f"order-changed-{flags[0]}"), store, "--load", start, *given)
+    (error,) = run.errors
+    assert run.codes == [2] and str(flags[0]) in error and "would leave pairs out and repeat others" in error
+
+
+def test_an_epoch_is_an_epoch_whatever_the_batch(bench: Bench) -> None:
+    """Half of the 48 pairs in steps of 8, the rest in steps of 12: each once."""
+    save, data = bench.folder("epoch"), bench.reference()
+    flags = [word for word in bench.flags(data, "--epochs", 1, "--save-interval", 3, "--save", save) if word not in ("--train-iters", 10)]
+    flags[flags.index("--global-batch-size") + 1 : flags.index("--global-batch-size") + 1] = [8]
+    first = bench.launch("one", harness.TRAIN, [*flags, "--exit-interval", 3], save.with_suffix(".log"))
+    assert tracked_step(save) == 3, first.output[-4000:]
+    again = [*flags, "--load", save, "--global-batch-size", 12]
+    run = bench.launch("one", harness.TRAIN, again, save.with_suffix(".log"))
+    assert run.ok and "[xpo] --epochs 1: 5 steps in all, since the 3 done took 24 samples" in run.output, run.output[-4000:]
+    assert [row["consumed_samples"] for row in harness.metrics(save)] == [8, 16, 24, 36, 48]
 
 
 @pytest.mark.parametrize(("layout", "flags"), SAME_LAYOUT)

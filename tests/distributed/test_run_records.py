@@ -153,7 +153,9 @@ def test_the_best_checkpoint_is_kept_and_patience_ends_training(bench: Bench) ->
     assert json.loads((save / "best.json").read_text()) == {"step": best, "metric": "eval_loss", "value": losses[best]}
     assert saved.steps(save) == [best + 2, best] and json.loads((save / "run_state.json").read_text())["state"] == "finished"
     assert (save / "hf").is_dir()
+    noted = rows(save)
     again = bench.attempt("pp2", save, data, *flags, "--load", save, alter="")
+    assert rows(save) == noted
     assert again.ok and "nothing is left to train" in again.output and f"step {best + 3}/" not in again.output, again.output[-4000:]
 
 

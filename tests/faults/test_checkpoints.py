@@ -24,7 +24,7 @@ from tests.distributed.materials import Bench, tensors
 
 SAVES = ("--save-interval", 3)  # of ten steps: after 3, 6, 9 and 10
 
-ASYNCHRONOUS = ("--async-save", "--use-persistent-ckpt-worker", "--async-strategy", "mcore")
+ASYNCHRONOUS = ("--async-save",)
 
 
 @pytest.fixture
@@ -209,7 +209,25 @@ def test_another_runs_damaged_checkpoint_is_refused_and_left(bench: Bench, unint
     assert saved.steps(other) == [6, 3]
     run = bench.attempt("one", save, bench.reference(), *SAVES, "--load", other, "--ckpt-step", 3, alter="")
     assert run.ok, run.output[-4000:]
-    assert [row["loss"] for row in harness.metrics(save)] == [row["loss"] for row in harness.metrics(uninterrupted)][3:]
+    judge = [row["loss"] for row in harness.metrics(uninterrupted)][3:]
+    assert [row["loss"] for row in harness.metrics(save)] == judge
+    shutil.rmtree(saved.folder_of(save, 10))  # as if it had been preempted after step 9, and is started again with the same command
+    saved.write_tracker(save, 9)
+    run = bench.attempt("one", save, bench.reference(), *SAVES, "--load", other, "--ckpt-step", 3, alter="")
+    assert run.ok and f"{save} has checkpoints of this run, so --load {other} is not used" in run.output, run.output[-4000:]
+    assert [row["loss"] for row in harness.metrics(save)] == judge and "step 9/10" not in run.output
+
+
+def test_a_folder_to_load_from_that_has_nothing(bench: Bench, uninterrupted: Path) -> None:
+    """A typo: nothing is trained from the initial weights in silence. A step of one's own folder would be gone back to at each start."""
+    save = killed_after(bench, uninterrupted, 6)
+    for flags, words in (
+        (("--load", bench.folder("typo")), ("--load", "no checkpoint is there")),
+        (("--load", save, "--ckpt-step", 3), ("--ckpt-step 3", f"write 3 into {save}/{saved.TRACKER}")),
+    ):
+        run = bench.attempt("one", save if save in flags else bench.folder("fresh"), bench.reference(), *SAVES, *flags, alter="")
+        (error,) = run.errors
+        assert run.codes == [2] and all(word in error for word in words), error
 
 
 def test_a_folder_with_checkpoints_is_not_written_over(bench: Bench, uninterrupted: Path) -> None:

@@ -123,7 +123,7 @@ def test_a_rank_that_waits_for_nobody_ends_too(tmp_path: Path) -> None:
     assert time.monotonic() - died < 10, "it waited for torchrun's SIGKILL, 30 seconds later"
 
 
-ASYNCHRONOUS = ("--async-save", "--use-persistent-ckpt-worker", "--async-strategy", "mcore")
+ASYNCHRONOUS = ("--async-save",)
 
 
 @pytest.mark.full

@@ -2,10 +2,13 @@
 
 import json
 import subprocess
+import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_patch.checkpoint import saved
@@ -133,6 +136,46 @@ def test_a_node_fails(work: Path, slurm: dict[str, str], tmp_path: Path) -> None
     job.wait(lambda: job.facts()["Restarts"] == "1")
     job("sh", "-c", "scontrol update nodename=n2 state=resume || scontrol show node n2 | grep -q State=IDLE")  # it may be back by itself
     job.assert_same_end(work)
+
+
+def ranks_of(job: Job) -> dict[int, psutil.Process]:
+    """The job's training processes on both nodes, which are this machine."""
+    found = {}
+    for process in psutil.process_iter(["cmdline"]):
+        with suppress(psutil.Error):
+            if "train_qwen.py" in " ".join(process.info["cmdline"] or ()) and (of := process.environ()).get("SLURM_JOB_ID") == job.id:
+                if "LOCAL_WORLD_SIZE" in of:
+                    found.setdefault(int(of["RANK"]), process)
+    return found
+
+
+def test_a_rank_of_the_second_node_is_killed(work: Path, slurm: dict[str, str], tmp_path: Path) -> None:
+    """The other node's ranks go too, and the rank is named; the same job again goes on."""
+    job = Job(work, tmp_path / "out", slurm)
+    job.wait(lambda: job.step() >= 13)
+    everyone = ranks_of(job)
+    assert set(everyone) == {0, 1, 2, 3}
+    everyone[3].kill()
+    job.wait(lambda: not any(map(alive, everyone.values())), seconds=15)
+    job.wait(lambda: job.facts()["JobState"] == "FAILED", seconds=30)
+    assert job.facts()["ExitCode"] == "1:0" and "[failed] rank 3: killed by SIGKILL" in job.shown(), job.shown()
+    job.submit(work)
+    job.assert_same_end(work)
+
+
+def alive(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+def test_a_node_that_never_comes(work: Path, slurm: dict[str, str], tmp_path: Path) -> None:
+    """The first one's torchrun waits as long as ``TORCHRUN_FLAGS`` says, and the terminal says what that means."""
+    late = f'#!/bin/sh\ncase "${{SLURM_NODEID:-0}} $*" in 1*torch.distributed.run*) sleep 300 ;; esac\nexec {sys.executable} "$@"\n'
+    (tmp_path / "python").write_text(late)
+    (tmp_path / "python").chmod(0o755)
+    job = Job(work, tmp_path / "out", slurm | {"PYTHON": str(tmp_path / "python"), "TORCHRUN_FLAGS": "--rdzv-conf=join_timeout=5"})
+    job.wait(lambda: job.facts()["JobState"] == "FAILED")
+    assert job.facts()["ExitCode"] == "1:0" and "[failed] not all nodes of the job met in time" in job.shown(), job.shown()
+    assert not ranks_of(job)
 
 
 def test_cancelled_and_submitted_again(work: Path, slurm: dict[str, str], tmp_path: Path) -> None:

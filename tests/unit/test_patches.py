@@ -12,7 +12,7 @@ import megatron.core
 import pytest
 import torch
 from megatron.core.dist_checkpointing import serialization
-from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 from megatron.core.optimizer import distrib_optimizer
 from megatron.core.pipeline_parallel import schedules
@@ -87,7 +87,7 @@ def test_hooked_global_exists_and_the_loop_looks_it_up(hook):
     callers = (mt.train, mt.evaluate, mt.pretrain, mt.save_checkpoint_and_time, checkpointing.load_checkpoint, serialization.save)
     callers += (serialization.load, filesystem_async.FileSystemWriterAsync.prepare_write_data, initialize.initialize_megatron)
     callers += (mt.training_log, checkpointing.save_checkpoint, torch_strategy._import_mcore_async)
-    callers += (filesystem_async.FileSystemWriterAsync.get_save_function_and_args,)
+    callers += (filesystem_async.FileSystemWriterAsync.get_save_function_and_args, async_utils.PersistentAsyncCaller.schedule_async_call)
     assert any(hook.attribute in names_in(caller.__code__) for caller in callers)
 
 

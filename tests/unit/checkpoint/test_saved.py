@@ -131,7 +131,8 @@ def test_a_second_damaged_one_of_a_name_gets_another(tmp_path):
 
 
 def test_another_runs_folder_is_only_judged(tmp_path):
-    saved.check_loadable(tmp_path / "absent")
+    with pytest.raises(ValueError, match=r"--load .*absent: no checkpoint is there"):
+        saved.check_loadable(tmp_path / "absent")
     make(tmp_path, 2)
     cut(make(tmp_path, 6) / ".metadata")
     with pytest.raises(ValueError, match=r"iter_0000006 cannot be loaded: \.metadata is damaged; say --ckpt-step .*\(there are 6, 2\)"):

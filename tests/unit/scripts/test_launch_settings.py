@@ -81,6 +81,7 @@ STOPPED = """
 case "$*" in
   *--check) ;;
   *terminal.py) cat ;;
+  *terminal.py*) tee "$2" ;;
   *) echo '{"state": "STATE", "iteration": 3}' >run/run_state.json ;;
 esac
 """
@@ -108,6 +109,7 @@ def test_unknown_device(tmp_path: Path) -> None:
 STAND_IN = """#!/bin/sh
 case "$*" in
   *terminal.py) cat ;;
+  *terminal.py*) tee "$2" ;;
   *) echo "$*" ;;
 esac
 """
@@ -152,6 +154,7 @@ def shell(tmp_path: Path, script: str, stubs: dict[str, str], **environment: str
     return subprocess.run(["bash", "-c", source], cwd=tmp_path, env=fixed | environment, capture_output=True, text=True)
 
 
+IN_IMAGE = "--container-image=a.sqsh --container-mounts=/repository:/repository,HERE:HERE --container-workdir=HERE"
 RECORD = 'echo "$(basename "$0") $*"'
 PYXIS = {"srun": f'[ "$1" = --help ] && {{ echo "      --container-image=IMAGE"; exit; }}\n{RECORD}', "apptainer": RECORD}
 
@@ -162,7 +165,7 @@ PYXIS = {"srun": f'[ "$1" = --help ] && {{ echo "      --container-image=IMAGE";
         (PYXIS, "", {}, "work 1"),
         (PYXIS, "", {"SLURM_JOB_ID": "7"}, "srun --ntasks=1 --ntasks-per-node=1 work 1"),
         (PYXIS, "a.sqsh", {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2"},
-         "srun --ntasks=2 --ntasks-per-node=1 --container-image=a.sqsh --container-mounts=/repository:/repository,HERE:HERE work 1"),
+         f"srun --ntasks=2 --ntasks-per-node=1 {IN_IMAGE} work 1"),
         (PYXIS, "a.sif", {}, "apptainer exec --nv --bind /repository:/repository,HERE:HERE a.sif work 1"),
         ({"srun": RECORD, "apptainer": RECORD}, "a.sif", {"SLURM_JOB_ID": "7", "CONTAINER_MOUNTS": "/data:/data"},
          "srun --ntasks=1 --ntasks-per-node=1 apptainer exec --nv --bind /data:/data a.sif work 1"),
@@ -176,7 +179,7 @@ def test_in_an_image(tmp_path: Path, stubs: dict[str, str], image: str, environm
 
 
 TORCHRUN = "python3 -m torch.distributed.run --standalone --nproc-per-node 1 entry"
-STEP = "--ntasks-per-node=1 --kill-on-bad-exit=1 --container-image=a.sqsh --container-mounts=/repository:/repository,HERE:HERE"
+STEP = f"--ntasks-per-node=1 --kill-on-bad-exit=1 {IN_IMAGE}"
 MEETING = "--nnodes 2 --rdzv-backend c10d --rdzv-id 7 --rdzv-endpoint n1:20007"
 
 
