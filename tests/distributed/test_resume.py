@@ -62,7 +62,7 @@ SAME_LAYOUT = [
     pytest.param("tp2-sp", ("--bf16", *ADAM_UNDER_DO), id="tp2-sp-bf16-distributed-optimizer"),
     pytest.param("one", (), id="one", marks=pytest.mark.ci),
     pytest.param("pp2", ADAM_UNDER_DO, id="pp2-tied-distributed-optimizer"),
-    pytest.param("dp2-do", ("--ddp-bucket-size", 10000), id="dp2-distributed-optimizer-many-buckets", marks=pytest.mark.ci),
+    pytest.param("dp2-do", ("--ddp-bucket-size", 10000), id="dp2-distributed-optimizer-many-buckets", marks=pytest.mark.full),
     pytest.param("vpp2", (), id="vpp2", marks=pytest.mark.full),
     pytest.param("cp2-do", (), id="cp2-distributed-optimizer", marks=pytest.mark.full),
 ]
@@ -118,7 +118,7 @@ def test_same_layout_is_bit_equal(bench: Bench, layout: str, flags: tuple[object
 RESHARDED = [
     pytest.param("tp2", "pp2", (), id="tp2-pp2"),
     pytest.param("one", "dp2", ADAM_UNDER_DO, id="dp1-dp2-distributed-optimizer"),
-    pytest.param("tp2", "pp2", ADAM_UNDER_DO, id="tp2-pp2-distributed-optimizer", marks=pytest.mark.ci),
+    pytest.param("tp2", "pp2", ADAM_UNDER_DO, id="tp2-pp2-distributed-optimizer", marks=pytest.mark.full),
     pytest.param("one", "dp2", (), id="dp1-dp2", marks=pytest.mark.full),
     pytest.param("dp2", "one", ADAM_UNDER_DO, id="dp2-dp1-distributed-optimizer", marks=pytest.mark.full),
     pytest.param("pp2", "tp2-sp", ADAM_UNDER_DO, id="pp2-tp2-sp-distributed-optimizer", marks=pytest.mark.ci),

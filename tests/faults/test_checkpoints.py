@@ -11,7 +11,6 @@ import pickle
 import re
 import shutil
 import signal
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,6 +20,7 @@ import torch
 from megatron_patch.checkpoint import saved
 from tests.distributed import harness
 from tests.distributed.materials import Bench, tensors
+from tests.small_disk import resize, small_disk
 
 SAVES = ("--save-interval", 3)  # of ten steps: after 3, 6, 9 and 10
 
@@ -276,35 +276,31 @@ def test_newest_checkpoints_are_kept(bench: Bench) -> None:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system with room for one checkpoint and a half."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3500k", "tmpfs", str(folder)], capture_output=True).returncode:
-        pytest.skip("mounting a small file system needs to be allowed to mount")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """With room for one checkpoint and a half."""
+    with small_disk(tmp_path / "disk", "3500k") as folder:
+        yield folder
 
 
 @pytest.mark.ci
 @pytest.mark.parametrize("layout", ["one", pytest.param("dp2-do", marks=pytest.mark.full)])
-def test_disk_full_while_saving(bench: Bench, small_disk: Path, layout: str) -> None:
+def test_disk_full_while_saving(bench: Bench, disk: Path, layout: str) -> None:
     """One line that says so and what to do; the checkpoint before it stays whole; with more room the same command comes to the end."""
-    save = small_disk / "run"
+    save = disk / "run"
     run = bench.attempt(layout, save, bench.reference(), *SAVES, "--tensorboard-dir", bench.folder("events"), alter="")
     (error,) = run.errors
     assert set(run.codes) == {2} and "the checkpoint of step 6" in error, run.output[-4000:]
     assert "; 0 MiB were left on that disk" in error
     assert saved.tracked_step(save) == 3 and saved.steps(save) == [3] and saved.damage(saved.folder_of(save, 3)) is None
-    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    resize(disk, "64m")
     run = bench.attempt(layout, save, bench.reference(), *SAVES, "--load", save, alter="")
     assert run.ok, run.output[-4000:]
     assert_same_end(save, bench.train(layout, bench.reference(), *SAVES, alter="recorded"))
 
 
-def test_training_goes_on_after_a_save_that_failed(bench: Bench, uninterrupted: Path, small_disk: Path) -> None:
+def test_training_goes_on_after_a_save_that_failed(bench: Bench, uninterrupted: Path, disk: Path) -> None:
     """``--continue-on-save-failure``: the same numbers to the end, each failure in one line, the first checkpoint whole."""
-    save = small_disk / "run"
+    save = disk / "run"
     flags = ("--tensorboard-dir", bench.folder("events"), "--continue-on-save-failure")
     run = bench.attempt("one", save, bench.reference(), *SAVES, *flags, alter="")
     assert run.ok, run.output[-4000:]

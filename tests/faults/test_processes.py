@@ -22,6 +22,7 @@ from megatron_patch.checkpoint import saved
 from tests import jobs
 from tests.distributed import harness
 from tests.distributed.materials import Bench, tensors
+from tests.small_disk import small_disk
 
 STEPS = 40
 pytestmark = pytest.mark.ci
@@ -234,11 +235,7 @@ def test_warned_while_ranks_start(bench: Bench) -> None:
 @pytest.mark.full
 def test_the_disk_stays_full(bench: Bench, undisturbed: Path, tmp_path: Path) -> None:
     """Told to go on, the job comes to its end, though it can save nothing, note no step and write no log; otherwise it says why it ends."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], capture_output=True).returncode:
-        pytest.skip("mounting a small file system needs to be allowed to mount")
-    try:
+    with small_disk(tmp_path / "disk", "8m") as disk:
         for number, flags in enumerate((("--continue-on-save-failure",), ())):
             output, elsewhere = disk / f"run-{number}", tmp_path / f"hf-{number}"
             job = start(bench, output, flags=(*flags, "--export-hf", elsewhere))
@@ -256,8 +253,6 @@ def test_the_disk_stays_full(bench: Bench, undisturbed: Path, tmp_path: Path) ->
             assert saved.tracked_step(output) == 10 and saved.damage(saved.folder_of(output, 10)) is None
             (disk / "hog").unlink()
             shutil.rmtree(output)
-    finally:
-        subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 @pytest.mark.full

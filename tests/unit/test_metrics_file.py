@@ -1,40 +1,28 @@
 """The rows of a run: whole or not there, also on a disk that is full in the middle of one."""
 
 import json
-import subprocess
 
 import pytest
 
 from megatron_patch import metrics_file
+from tests.small_disk import resize, small_disk
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of three blocks of 4 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12k", "tmpfs", str(folder)], capture_output=True).returncode:
-        pytest.skip("mounting a small file system needs to be allowed to mount")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def test_a_row_that_a_full_disk_cuts_leaves_nothing(small_disk):
+def test_a_row_that_a_full_disk_cuts_leaves_nothing(tmp_path):
     """With room again rows go on where they were, and a run can go on from them."""
-    (small_disk / "hog").write_bytes(bytes(4096))
-    done = 0
-    with pytest.raises(OSError, match="No space left"):
-        while True:
-            metrics_file.append(small_disk, {"iteration": done + 1, "loss": 0.123456789})
-            done += 1
-    assert 0 < done < 2 * 4096 / 30
-    (small_disk / "hog").unlink()
-    metrics_file.append(small_disk, {"iteration": done + 2, "loss": float("nan")})
-    assert [row["iteration"] for row in metrics_file.rows(small_disk)] == [*range(1, done + 1), done + 2]
-    assert metrics_file.rows(small_disk)[-1]["loss"] is None
-    subprocess.run(["mount", "-o", "remount,size=64k", str(small_disk)], check=True)
-    metrics_file.rewind(small_disk, done)
-    assert len(metrics_file.rows(small_disk)) == done
+    with small_disk(tmp_path / "disk", "8k") as disk:
+        done = 0
+        with pytest.raises(OSError, match="No space left"):
+            while True:
+                metrics_file.append(disk, {"iteration": done + 1, "loss": 0.123456789})
+                done += 1
+        assert 0 < done < 8192 / 30
+        resize(disk, "64k")
+        metrics_file.append(disk, {"iteration": done + 2, "loss": float("nan")})
+        assert [row["iteration"] for row in metrics_file.rows(disk)] == [*range(1, done + 1), done + 2]
+        assert metrics_file.rows(disk)[-1]["loss"] is None
+        metrics_file.rewind(disk, done)
+        assert len(metrics_file.rows(disk)) == done
 
 
 def test_a_row_that_a_killed_process_cut_is_left_out(tmp_path):

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.small_disk import resize, small_disk
+
 SCRIPT = Path(__file__).parents[3] / "scripts/terminal.py"
 LINES = b"[xpo] step 1/3 | loss 1\nnoise \xff\n[xpo] step 2/3 | loss 2\n[error] twice\n[error] twice\n[xpo] step 3/3 | loss 3\nno newline"
 SHOWN = b"[xpo] step 1/3 | loss 1\n[error] twice\n[xpo] step 3/3 | loss 3\n"
@@ -37,22 +39,16 @@ def test_a_full_disk_ends_no_job() -> None:
 
 def test_the_log_goes_on_when_there_is_room_again(tmp_path: Path) -> None:
     """Whole lines are lost, so that those that are kept begin where a line begins."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12k", "tmpfs", str(disk)], capture_output=True).returncode:
-        pytest.skip("mounting a small file system needs to be allowed to mount")
-    try:
+    with small_disk(tmp_path / "disk", "12k") as disk:
         job = subprocess.Popen([sys.executable, SCRIPT, disk / "log"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
         assert job.stdin is not None and job.stdout is not None
         for number in range(500):
             job.stdin.write(b"a line of some length, number %d\n" % number)
         job.stdin.write(b"[xpo] so far\n")
         assert job.stdout.readline() == b"[xpo] so far\n"
-        subprocess.run(["mount", "-o", "remount,size=64k", str(disk)], check=True)
+        resize(disk, "64k")
         job.stdin.write(b"[error] the end\n")
         job.communicate()
         lines = (disk / "log").read_bytes().splitlines()
         assert 200 < len(lines) < 500 and lines[-1] == b"[error] the end"
         assert {*lines[:-1]} <= {b"a line of some length, number %d" % number for number in range(500)} | {b"[xpo] so far"}
-    finally:
-        subprocess.run(["umount", "--lazy", str(disk)], check=True)
