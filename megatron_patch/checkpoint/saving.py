@@ -140,7 +140,7 @@ class Saving:
 
         def save_checkpoint(iteration: int, *args: Any, **kwargs: Any) -> None:
             """Saved, or cleared away again. Collective."""
-            if iteration in self._saved or (self.own and iteration == self.args.iteration):
+            if self._holds(iteration):
                 return  # nothing was trained since this checkpoint was saved or loaded: it is not written over
             self._prune()
             before = self._tracked()
@@ -174,6 +174,10 @@ class Saving:
             self._prune()
 
         return maybe_finalize_async_save
+
+    def _holds(self, step: int) -> bool:
+        """Whether this start of the run saved or loaded the checkpoint of a step."""
+        return step in self._saved or (self.own and step == self.args.iteration)
 
     def _forget_finished(self) -> None:
         self._writing = self._writing[len(self._writing) - _unfinished() :]
@@ -241,7 +245,7 @@ class Saving:
     def note_best(self) -> None:
         """``best.json`` names the checkpoint of the best evaluation as soon as it is whole; until then, the best one before it."""
         best = self.best()
-        if self.folder is None or best is None or torch.distributed.get_rank() or best[0] not in self._saved:
+        if self.folder is None or best is None or torch.distributed.get_rank() or not self._holds(best[0]):
             return
         if best[0] != saved.best_step(self.folder) and (saved.folder_of(self.folder, best[0]) / saved.MANIFEST).exists():
             with self._said(saved.BEST + " could not be written"):
