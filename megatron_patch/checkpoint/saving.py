@@ -220,10 +220,10 @@ class Saving:
         return max(filter(None, everywhere), key=lambda told: told != _NO_DETAIL, default=None)
 
     def _failed(self, written: Sequence[int], before: int | None, complaint: str) -> None:
-        """Clear away what is there of saves that failed; stop, or say that the run goes on."""
+        """Clear away what is there of saves that failed; stop, or say that the run goes on. All ranks say the same, when it is done."""
         assert self.folder is not None
-        complaint += f"; {shutil.disk_usage(self.folder).free / 2**20:.0f} MiB were left on that disk"
         if torch.distributed.get_rank() == 0:
+            complaint += f"; {shutil.disk_usage(self.folder).free / 2**20:.0f} MiB were left on that disk"
             for folder in (saved.folder_of(self.folder, step) for step in written):
                 if not (folder / saved.MANIFEST).exists():  # otherwise it is whole, and its tracker is what failed
                     shutil.rmtree(folder, ignore_errors=True)
@@ -232,6 +232,9 @@ class Saving:
                     (self.folder / saved.TRACKER).unlink(missing_ok=True)
                 elif saved.tracked_step(self.folder) != before:
                     saved.write_tracker(self.folder, before)
+        told = [complaint]
+        torch.distributed.broadcast_object_list(told, src=0)
+        complaint = told[0]
         self._saved -= {*written}
         which = f"the checkpoint of step {' or '.join(map(str, written))}"
         if not self.go_on:

@@ -168,6 +168,19 @@ def unwritable_tracker() -> None:
     checkpointing.get_checkpoint_tracker_filename = get_checkpoint_tracker_filename
 
 
+def late_to_clear_away() -> None:
+    """Where a save failed, the second rank comes half a second after the first to what follows from that."""
+    from megatron_patch.checkpoint.saving import Saving
+
+    failed = Saving._failed
+
+    def comes_late(*args: Any) -> None:
+        time.sleep(0.5 * int(os.environ["RANK"]))
+        failed(*args)
+
+    Saving._failed = comes_late  # type: ignore[method-assign]
+
+
 def slow_writing() -> None:
     """Asynchronous saves are written half a second after they were begun: several steps later."""
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
@@ -235,8 +248,7 @@ def recorded_hashing() -> None:
 _ALL = (
     unsaved, recorded, recorded_stores, shifted_mask, nan_response, exported_gradients, wrong_export, too_large, two_samples,
     unwritable_index,
-    unwritable_tracker, slow_writing,
-    killed_while_saving, recorded_reads, recorded_hashing,
+    unwritable_tracker, slow_writing, late_to_clear_away, killed_while_saving, recorded_reads, recorded_hashing,
 )  # fmt: skip
 ALTERATIONS = {alteration.__name__: alteration for alteration in _ALL}
 

@@ -285,9 +285,11 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.ci
 @pytest.mark.parametrize("layout", ["one", pytest.param("dp2-do", marks=pytest.mark.full)])
 def test_disk_full_while_saving(bench: Bench, disk: Path, layout: str) -> None:
-    """One line that says so and what to do; the checkpoint before it stays whole; with more room the same command comes to the end."""
+    """One line of all ranks that says so and what to do; the checkpoint before it stays whole; with more room the same command comes to
+    the end."""
     save = disk / "run"
-    run = bench.attempt(layout, save, bench.reference(), *SAVES, "--tensorboard-dir", bench.folder("events"), alter="")
+    flags = ("--tensorboard-dir", bench.folder("events"))
+    run = bench.attempt(layout, save, bench.reference(), *SAVES, *flags, alter="late_to_clear_away")
     (error,) = run.errors
     assert set(run.codes) == {2} and "the checkpoint of step 6" in error, run.output[-4000:]
     assert "; 0 MiB were left on that disk" in error
