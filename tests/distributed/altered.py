@@ -169,13 +169,13 @@ def unwritable_tracker() -> None:
 
 
 def late_to_clear_away() -> None:
-    """Where a save failed, the second rank comes half a second after the first to what follows from that."""
+    """Where a save failed, the first rank comes half a second after the others to what follows from that."""
     from megatron_patch.checkpoint.saving import Saving
 
     failed = Saving._failed
 
     def comes_late(*args: Any) -> None:
-        time.sleep(0.5 * int(os.environ["RANK"]))
+        time.sleep(0.5 * (os.environ["RANK"] == "0"))
         failed(*args)
 
     Saving._failed = comes_late  # type: ignore[method-assign]
