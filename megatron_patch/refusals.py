@@ -24,6 +24,14 @@ def _same(one: str | None, other: str | None) -> bool:
     return bool(one and other) and Path(str(one)).resolve() == Path(str(other)).resolve()
 
 
+def _begins_again(args: argparse.Namespace) -> object:
+    return not args.skip_train and (args.ckpt_step or args.finetune or args.override_ckpt_iteration is not None)
+
+
+def _goes_on_from_save(args: argparse.Namespace) -> bool:
+    return bool(args.load) and (not args.skip_train or _same(args.load, args.save))
+
+
 def _decay_steps(args: argparse.Namespace) -> int:
     return args.lr_decay_iters or args.train_iters or 0
 
@@ -49,13 +57,13 @@ REFUSED: tuple[tuple[Callable[[argparse.Namespace], object], str], ...] = (
     ),
     (lambda args: args.keep_last is not None and args.keep_last < 1, "--keep-last {keep_last}: at least one checkpoint has to stay"),
     (
-        lambda args: args.save and not args.load and saved.steps(Path(args.save)),
-        "--save {save} holds checkpoints, which this run would write over; --load {save} goes on from them, or give another folder",
+        lambda args: args.save and not _goes_on_from_save(args) and saved.steps(Path(args.save)),
+        "--save {save} holds checkpoints; --load {save} goes on from them, or give another folder",
     ),
     (
-        lambda args: args.ckpt_step and _same(args.load, args.save),
-        "--ckpt-step {ckpt_step} in the run's own folder: every start of the job would go back to it; to go back once, write "
-        "{ckpt_step} into {save}/" + saved.TRACKER,
+        lambda args: _begins_again(args) and _same(args.load, args.save),
+        "--ckpt-step, --finetune and --override-ckpt-iteration in the run's own folder: every start of the job would begin there again; "
+        "to go back once, write a step's number into {save}/" + saved.TRACKER,
     ),
     (
         lambda args: args.async_save and args.async_strategy != "mcore",

@@ -141,11 +141,12 @@ class TrainingRun:
         Raises:
             AgreedError: it lies in this run's folder, but another run's it is.
         """
-        origins = getattr(checkpoint_args, "origins", None)
-        other = run_record.of_another_run(json.loads(origins), json.loads(self.args.origins)) if origins and self.saving.own else None
+        began, now = (json.loads(getattr(of, "origins", None) or "null") for of in (checkpoint_args, self.args))
+        other = run_record.of_another_run(began, now) if began and self.saving.own else None
         if other is not None:
             raise AgreedError(f"{self.save} holds the checkpoints of another run: {other}; give this one a folder of its own")
-        self._refuse_another_order(checkpoint_args)
+        if not began or run_record.same_stores(began, now):
+            self._refuse_another_order(checkpoint_args)
         if not self.statistics.restore(getattr(checkpoint_args, "loss_statistics", None)):
             self._say("the checkpoint was saved with other losses: the running statistics of these start anew")
         self._keep_statistics(self.statistics.state)
@@ -295,7 +296,8 @@ class TrainingRun:
             self._check_parity()
         if self.save is not None and torch.distributed.get_rank() == torch.distributed.get_world_size() - 1 and not vp_stage:
             self.save.mkdir(parents=True, exist_ok=True)
-            metrics_file.rewind(self.save, args.iteration)
+            if not args.skip_train:
+                metrics_file.rewind(self.save, args.iteration)
         return train.from_position(args.consumed_train_samples), valid.repeated() if valid is not None else None, None
 
     def _refuse_split_batches(self, plan: BatchPlan) -> None:
@@ -303,7 +305,8 @@ class TrainingRun:
         needing = [part.options.loss_type for part in self.losses if loss_entry(part.options.loss_type).needs_whole_batch]
         if not needing:
             return
-        split = plan.first_split_step(self.args.consumed_train_samples, self.args.train_iters * plan.batch)
+        begin = self.args.consumed_train_samples
+        split = plan.first_split_step(begin, begin + (self.args.train_iters - self.args.iteration) * plan.batch)
         if split is not None:
             raise AgreedError(
                 f"loss {needing[0]} sorts the pairs of a whole step, but step {split // plan.batch + 1} needs {len(plan.step(split))} "

@@ -35,10 +35,19 @@ def of_another_run(saved: dict[str, Any], now: dict[str, Any]) -> str | None:
     """What of two ``origins`` says that a checkpoint is not of the run that is about to go on from it; None if nothing does."""
     if saved["weights"]["fingerprint"] != now["weights"]["fingerprint"]:
         return f"it began with other weights ({saved['weights']['path']})"
-    trained, given = ([store for store in of["stores"] if store["use"] == "training"] for of in (saved, now))
-    if [store["fingerprint"] for store in trained] != [store["fingerprint"] for store in given]:
-        return f"it was trained on other stores ({', '.join(store['prefix'] for store in trained)})"
+    if not same_stores(saved, now):
+        return f"it was trained on other stores ({', '.join(store['prefix'] for store in _trained_on(saved))})"
     return None
+
+
+def same_stores(saved: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether both ``origins`` have the same training stores in the same order."""
+    one, other = ([store["fingerprint"] for store in _trained_on(of)] for of in (saved, now))
+    return one == other
+
+
+def _trained_on(of: dict[str, Any]) -> list[dict[str, Any]]:
+    return [store for store in of["stores"] if store["use"] == "training"]
 
 
 def start_record(args: argparse.Namespace, device: str) -> dict[str, Any]:

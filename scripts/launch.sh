@@ -38,7 +38,6 @@ if [ -n "${CONFIG:-}" ]; then
 fi
 
 PYTHON=${PYTHON:-$ROOT/.venv/bin/python}
-HOST_PYTHON=${HOST_PYTHON:-$PYTHON} # of what runs outside of the image
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} # Megatron refuses TP > 1 without it before Blackwell
 export LPO_TRACEBACK=1 # for the log; the terminal shows the one line
@@ -82,21 +81,29 @@ NPROC_PER_NODE=${NPROC_PER_NODE:-$((GPUS > 0 ? GPUS : 1))}
 PRECISION=${PRECISION:-$([ "$GPUS" -gt 0 ] && echo bf16 || echo fp32)}
 
 # Lines for the terminal: ours only, steps as one progress bar. With a path: and all of them into that log.
-show() { "$HOST_PYTHON" "$ROOT/scripts/terminal.py" "$@"; }
+show() { "${HOST_PYTHON:-$PYTHON}" "$ROOT/scripts/terminal.py" "$@"; }
 # After a failure that is no user's error: the first error of the first rank that failed, its last lines, the log's path.
-explain() { "$HOST_PYTHON" "$ROOT/scripts/failure.py" "$1"; }
+explain() { "${HOST_PYTHON:-$PYTHON}" "$ROOT/scripts/failure.py" "$1"; }
 
 # How jobs run from here on: in an image (none: as they are), by pyxis where srun has it, else by apptainer, with the folders
-# CONTAINER_MOUNTS (default: the repository and this folder) at their own places.
+# CONTAINER_MOUNTS (default: the repository and this folder) at their own places. HOST_PYTHON is for what stays outside.
 SRUN_FLAGS=() PREFIX=()
 in_image() {
-  local mounts=${CONTAINER_MOUNTS:-$ROOT:$ROOT,$PWD:$PWD}
+  local mounts=${CONTAINER_MOUNTS:-$ROOT:$ROOT,$PWD:$PWD} mount targets
   SRUN_FLAGS=() PREFIX=()
   [ -n "$1" ] || return 0
-  HOST_PYTHON=$ROOT/.venv/bin/python
-  [ -x "$HOST_PYTHON" ] || HOST_PYTHON=$(command -v python3) || refuse "PYTHON is the image's; the host needs a python3 (3.10 or later) too"
+  if [ -z "${HOST_PYTHON:-}" ]; then
+    HOST_PYTHON=$ROOT/.venv/bin/python
+    [ -x "$HOST_PYTHON" ] || HOST_PYTHON=python3
+  fi
+  "$HOST_PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1 ||
+    refuse "PYTHON is the image's, and $HOST_PYTHON of this host is not 3.10 or later: say HOST_PYTHON"
   if [ -n "${SLURM_JOB_ID:-}" ] && srun --help 2>&1 | grep -q -e --container-image; then
-    SRUN_FLAGS=("--container-image=$1" "--container-mounts=$mounts" "--container-workdir=$PWD")
+    SRUN_FLAGS=("--container-image=$1" "--container-mounts=$mounts")
+    IFS=, read -ra targets <<<"$mounts"
+    for mount in "${targets[@]#*:}"; do # pyxis would begin in the image's own folder, and refuses one that is not there
+      ! lies_in "${mount%%:*}" "$PWD" || { SRUN_FLAGS+=("--container-workdir=$PWD"); break; }
+    done
   elif command -v apptainer >/dev/null; then
     PREFIX=(apptainer exec --nv --bind "$mounts" "$1")
     export HOST_PYTHON # for on_node.sh, which pyxis puts into the image and apptainer does not

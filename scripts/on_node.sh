@@ -15,7 +15,7 @@ read -ra addresses <<<"${NODE_ADDRESSES:-}" || true
 if [ "${#addresses[@]}" -gt 1 ]; then
   other=${addresses[$((SLURM_NODEID == 0))]}
   export PET_LOCAL_ADDR=${addresses[$SLURM_NODEID]} PET_RDZV_CONF=is_host=$((SLURM_NODEID == 0))${RDZV_CONF:+,$RDZV_CONF}
-  interface=$("$HOST_PYTHON" "$ROOT/scripts/interface.py" "$other") || true
+  interface=$("${HOST_PYTHON:-$PYTHON}" "$ROOT/scripts/interface.py" "$other") || true
   [ -z "$interface" ] || export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$interface} GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface}
 fi
 (hold_out; without_orphans "$@") &

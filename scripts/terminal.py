@@ -39,8 +39,9 @@ class Bar:
         """Another line, above the bar."""
         from tqdm import tqdm
 
-        tqdm.write(line, file=sys.stdout)
-        sys.stdout.flush()
+        with suppress(OSError):
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
 
     def close(self) -> None:
         """Leave the last state on the screen."""
@@ -91,7 +92,9 @@ class Log:
 def main(log: str | None = None) -> None:
     """Filter standard input to standard output until it ends."""
     steps = Bar() if sys.stderr.isatty() and importlib.util.find_spec("tqdm") else Lines()
-    kept = Log(log) if log else None
+    kept: Log | None = None
+    with suppress(OSError):
+        kept = Log(log) if log else None
     errors: set[str] = set()
     for read in sys.stdin.buffer:
         if kept is not None:

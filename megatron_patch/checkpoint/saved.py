@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from megatron_patch.checkpoint.foreign_code import foreign_code
 from megatron_patch.data.atomic_files import atomic_path, read_json, sha256_file
@@ -50,12 +51,12 @@ def write_tracker(folder: Path, step: int) -> None:
         temporary.write_text(str(step), encoding="utf-8")
 
 
-def best_step(folder: Path) -> int | None:
-    """The step that ``best.json`` names, whose checkpoint was whole when it was written."""
+def best(folder: Path) -> dict[str, Any]:
+    """Step, metric and value of the best evaluation whose checkpoint was whole; empty before there is one."""
     try:
-        return int(read_json(folder / BEST, "the best evaluation of a run")["step"])
-    except (ValueError, KeyError, TypeError):
-        return None
+        return read_json(folder / BEST, "the best evaluation of a run")
+    except ValueError:
+        return {}
 
 
 def hash_files(files: Sequence[Path]) -> dict[str, str]:
@@ -167,10 +168,19 @@ def _free_name(path: Path) -> Path:
 
 
 def keep_newest(folder: Path, count: int, spare: Collection[int | None] = ()) -> None:
-    """Remove all but ``count`` checkpoints up to the tracked one; those in ``spare`` stay besides."""
+    """Remove all but ``count`` checkpoints up to the tracked one; those in ``spare`` stay besides.
+
+    Raises:
+        OSError: some could not be removed; all others were.
+    """
     tracked = tracked_step(folder)
     saved = [step for step in steps(folder) if tracked is not None and step <= tracked]
-    for step in set(saved[count:]) - set(spare):
-        doomed = folder_of(folder, step)
-        (doomed / MANIFEST).unlink(missing_ok=True)  # first: a removal that is cut short leaves no whole checkpoint
-        shutil.rmtree(doomed)
+    failures: list[OSError] = []
+    for doomed in (folder_of(folder, step) for step in set(saved[count:]) - set(spare)):
+        try:
+            (doomed / MANIFEST).unlink(missing_ok=True)  # first: a removal that is cut short leaves no whole checkpoint
+            shutil.rmtree(doomed)
+        except OSError as error:
+            failures.append(error)
+    if failures:
+        raise failures[0]

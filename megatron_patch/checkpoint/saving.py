@@ -36,6 +36,10 @@ _CLOSING_S = 2.0
 _PROBE_BYTES = 1 << 16  # about what rank 0 writes beside the tensors
 
 
+_AS_SAVED = {"ckpt_step": None, "override_ckpt_iteration": None, "finetune": False, "no_load_optim": None, "no_load_rng": None}
+"""Megatron's flags of loading, for a checkpoint of one's own: its step, and all that it holds."""
+
+
 class Saving:
     """One run's checkpoints.
 
@@ -62,7 +66,7 @@ class Saving:
         started = time.perf_counter()
         folder, chosen, lines = led_by_rank_zero(self._look)
         if folder is not None and folder == self.folder and not self.own:  # what was said about loading is of the other run
-            vars(self.args).update(load=str(folder), ckpt_step=None, finetune=False, no_load_optim=None, no_load_rng=None)
+            vars(self.args).update(_AS_SAVED, load=str(folder))
             self.load, self.own = folder, True
         if folder is not None and chosen is not None:
             self._verified.add(saved.folder_of(folder, chosen).resolve())
@@ -78,7 +82,7 @@ class Saving:
         lines: list[str] = []
         if self.load is None:
             return None, None, lines
-        if self.folder is not None:
+        if self.folder is not None and not (self.args.skip_train and self.args.ckpt_step):  # one that is only to be evaluated
             lines = saved.recover(self.folder, hashes)
             step = saved.tracked_step(self.folder)
             if step is not None and not self.own:
@@ -250,16 +254,17 @@ class Saving:
         best = self.best()
         if self.folder is None or best is None or torch.distributed.get_rank() or not self._holds(best[0]):
             return
-        if best[0] != saved.best_step(self.folder) and (saved.folder_of(self.folder, best[0]) / saved.MANIFEST).exists():
-            with self._said(saved.BEST + " could not be written"):
-                write_json(self.folder / saved.BEST, dict(zip(("step", "metric", "value"), best, strict=True)))
+        named = dict(zip(("step", "metric", "value"), best, strict=True))
+        with self._said(f"{saved.BEST} could not be written"):
+            if named != saved.best(self.folder) and (saved.folder_of(self.folder, best[0]) / saved.MANIFEST).exists():
+                write_json(self.folder / saved.BEST, named)
 
     def _prune(self) -> None:
         if self.keep is None or self.folder is None or torch.distributed.get_rank():
             return
         best = self.best()
         with self._said("an old checkpoint could not be removed"):
-            saved.keep_newest(self.folder, self.keep, {saved.best_step(self.folder), best[0] if best else None})
+            saved.keep_newest(self.folder, self.keep, {saved.best(self.folder).get("step"), best[0] if best else None})
 
     @contextmanager
     def _said(self, what: str) -> Iterator[None]:

@@ -223,7 +223,8 @@ def test_a_folder_to_load_from_that_has_nothing(bench: Bench, uninterrupted: Pat
     save = killed_after(bench, uninterrupted, 6)
     for flags, words in (
         (("--load", bench.folder("typo")), ("--load", "no checkpoint is there")),
-        (("--load", save, "--ckpt-step", 3), ("--ckpt-step 3", f"write 3 into {save}/{saved.TRACKER}")),
+        (("--load", save, "--ckpt-step", 3), ("--ckpt-step", f"into {save}/{saved.TRACKER}")),
+        (("--load", save, "--finetune"), ("--finetune", f"into {save}/{saved.TRACKER}")),
     ):
         run = bench.attempt("one", save if save in flags else bench.folder("fresh"), bench.reference(), *SAVES, *flags, alter="")
         (error,) = run.errors

@@ -30,11 +30,16 @@ def test_outside_of_an_image_pythons_own_library_is_enough() -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's")
-def test_a_full_disk_ends_no_job() -> None:
+@pytest.mark.parametrize("shell", [("bash", "-c"), ("script", "-eqc")])  # script's has a terminal, so that the steps are a bar
+@pytest.mark.parametrize("log", ["/dev/full", "/nowhere/log"])
+def test_a_full_disk_ends_no_job(shell: tuple[str, ...], log: str, tmp_path: Path) -> None:
     """Under the terminal's output and under the log: all input is read to its end."""
-    command = f"(cat; echo >&2 read) | {sys.executable} {SCRIPT} /dev/full >/dev/full"
-    done = subprocess.run(["bash", "-c", command], input=LINES * 2000, capture_output=True)
-    assert b"read" in done.stderr and b"Traceback" not in done.stderr, done.stderr
+    (tmp_path / "lines").write_bytes(LINES * 2000)
+    command = f"stty rows 24 cols 100; (cat lines && echo >&2 all of it) | {sys.executable} {SCRIPT} {log} >/dev/full"
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    done = subprocess.run([*shell, command], cwd=tmp_path, timeout=60, **streams)
+    assert b"all of it" in done.stdout and b"Traceback" not in done.stdout, done.stdout
+    assert (b"%|" in done.stdout) is (shell[0] == "script"), done.stdout
 
 
 def test_the_log_goes_on_when_there_is_room_again(tmp_path: Path) -> None:
