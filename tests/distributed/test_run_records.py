@@ -97,6 +97,20 @@ def test_weights_and_biases_has_what_the_file_has(bench: Bench) -> None:
             assert history[row["iteration"]][name] == pytest.approx(row[name], rel=1e-6), name
 
 
+@pytest.mark.ci
+def test_an_earlier_checkpoint_is_evaluated_and_nothing_else_changes(bench: Bench) -> None:
+    """``--skip-train`` chooses a step of the run's own folder; training evaluated it, too."""
+    data, save = bench.reference(), bench.folder("evaluated-again")
+    flags = ("--train-iters", 4, "--save-interval", 2, "--valid-pair-data", data, "--eval-interval", 2, "--load", save)
+    assert bench.attempt("one", save, data, *flags, alter="").ok
+    before = rows(save)
+    run = bench.attempt("one", save, data, *flags, "--skip-train", "--ckpt-step", 2, alter="")
+    assert run.ok, run.output[-4000:]
+    *rest, again = rows(save)
+    (at_two,) = (row for row in before if row["iteration"] == 2 and "eval_loss" in row)
+    assert rest == before and again == at_two and saved.steps(save) == [4, 2] and saved.tracked_step(save) == 4
+
+
 def test_evaluation_sees_every_pair_once_each_time(bench: Bench) -> None:
     """At learning rate 0 both evaluations equal the mean over the whole store, which the reference log-probs give directly."""
     data = bench.reference()

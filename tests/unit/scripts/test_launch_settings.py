@@ -166,6 +166,8 @@ PYXIS = {"srun": f'[ "$1" = --help ] && {{ echo "      --container-image=IMAGE";
         (PYXIS, "", {"SLURM_JOB_ID": "7"}, "srun --ntasks=1 --ntasks-per-node=1 work 1"),
         (PYXIS, "a.sqsh", {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2"},
          f"srun --ntasks=2 --ntasks-per-node=1 {IN_IMAGE} work 1"),
+        (PYXIS, "a.sqsh", {"SLURM_JOB_ID": "7", "CONTAINER_MOUNTS": "/data:/data"},
+         "srun --ntasks=1 --ntasks-per-node=1 --container-image=a.sqsh --container-mounts=/data:/data work 1"),
         (PYXIS, "a.sif", {}, "apptainer exec --nv --bind /repository:/repository,HERE:HERE a.sif work 1"),
         ({"srun": RECORD, "apptainer": RECORD}, "a.sif", {"SLURM_JOB_ID": "7", "CONTAINER_MOUNTS": "/data:/data"},
          "srun --ntasks=1 --ntasks-per-node=1 apptainer exec --nv --bind /data:/data a.sif work 1"),
