@@ -221,7 +221,7 @@ def _evaluate_and_print(_: Callable, state: LoopState) -> Callable:
 
 def _evaluated_before(state: LoopState, iteration: int) -> bool:
     """Whether an earlier start of this run did it, and this one has trained nothing since. Collective."""
-    if state.iteration is not None or state.save is None or get_args().skip_train:
+    if state.iteration is not None or state.save is None:
         return False
     return _from_last_rank(_writes_metrics() and metrics_file.has_evaluation(state.save, iteration))
 

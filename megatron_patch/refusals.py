@@ -25,11 +25,7 @@ def _same(one: str | None, other: str | None) -> bool:
 
 
 def _begins_again(args: argparse.Namespace) -> object:
-    return not args.skip_train and (args.ckpt_step or args.finetune or args.override_ckpt_iteration is not None)
-
-
-def _goes_on_from_save(args: argparse.Namespace) -> bool:
-    return bool(args.load) and (not args.skip_train or _same(args.load, args.save))
+    return args.ckpt_step or args.finetune or args.override_ckpt_iteration is not None
 
 
 def _decay_steps(args: argparse.Namespace) -> int:
@@ -57,7 +53,11 @@ REFUSED: tuple[tuple[Callable[[argparse.Namespace], object], str], ...] = (
     ),
     (lambda args: args.keep_last is not None and args.keep_last < 1, "--keep-last {keep_last}: at least one checkpoint has to stay"),
     (
-        lambda args: args.save and not _goes_on_from_save(args) and saved.steps(Path(args.save)),
+        lambda args: args.skip_train and args.save,
+        "--skip-train only evaluates, and {save} is for what training writes: give --load DIR (and --ckpt-step N), no --save",
+    ),
+    (
+        lambda args: args.save and not args.load and saved.steps(Path(args.save)),
         "--save {save} holds checkpoints; --load {save} goes on from them, or give another folder",
     ),
     (

@@ -296,8 +296,7 @@ class TrainingRun:
             self._check_parity()
         if self.save is not None and torch.distributed.get_rank() == torch.distributed.get_world_size() - 1 and not vp_stage:
             self.save.mkdir(parents=True, exist_ok=True)
-            if not args.skip_train:
-                metrics_file.rewind(self.save, args.iteration)
+            metrics_file.rewind(self.save, args.iteration)
         return train.from_position(args.consumed_train_samples), valid.repeated() if valid is not None else None, None
 
     def _refuse_split_batches(self, plan: BatchPlan) -> None:
@@ -308,9 +307,10 @@ class TrainingRun:
         begin = self.args.consumed_train_samples
         split = plan.first_split_step(begin, begin + (self.args.train_iters - self.args.iteration) * plan.batch)
         if split is not None:
+            step, parts = self.args.iteration + (split - begin) // plan.batch + 1, len(plan.step(split))
             raise AgreedError(
-                f"loss {needing[0]} sorts the pairs of a whole step, but step {split // plan.batch + 1} needs {len(plan.step(split))} "
-                "micro-batches; raise --max-tokens-per-micro-batch, lower --global-batch-size, or leave virtual pipelining off"
+                f"loss {needing[0]} sorts the pairs of a whole step, but step {step} needs {parts} micro-batches; raise "
+                "--max-tokens-per-micro-batch, lower --global-batch-size, or leave virtual pipelining off"
             )
 
     dataset_provider.is_distributed = True  # type: ignore[attr-defined]

@@ -85,6 +85,15 @@ show() { "${HOST_PYTHON:-$PYTHON}" "$ROOT/scripts/terminal.py" "$@"; }
 # After a failure that is no user's error: the first error of the first rank that failed, its last lines, the log's path.
 explain() { "${HOST_PYTHON:-$PYTHON}" "$ROOT/scripts/failure.py" "$1"; }
 
+# The first of these commands that is a Python of 3.10 or later.
+first_of_310() {
+  local python
+  for python in "$@"; do
+    ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1 || { echo "$python"; return; }
+  done
+  return 1
+}
+
 # How jobs run from here on: in an image (none: as they are), by pyxis where srun has it, else by apptainer, with the folders
 # CONTAINER_MOUNTS (default: the repository and this folder) at their own places. HOST_PYTHON is for what stays outside.
 SRUN_FLAGS=() PREFIX=()
@@ -92,21 +101,19 @@ in_image() {
   local mounts=${CONTAINER_MOUNTS:-$ROOT:$ROOT,$PWD:$PWD} mount targets
   SRUN_FLAGS=() PREFIX=()
   [ -n "$1" ] || return 0
-  if [ -z "${HOST_PYTHON:-}" ]; then
-    HOST_PYTHON=$ROOT/.venv/bin/python
-    [ -x "$HOST_PYTHON" ] || HOST_PYTHON=python3
-  fi
-  "$HOST_PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1 ||
-    refuse "PYTHON is the image's, and $HOST_PYTHON of this host is not 3.10 or later: say HOST_PYTHON"
+  HOST_PYTHON=$(first_of_310 "${HOST_PYTHON:-$ROOT/.venv/bin/python}" "$PYTHON" python3) ||
+    refuse "what stays outside of the image needs a Python of this host, 3.10 or later: say HOST_PYTHON"
   if [ -n "${SLURM_JOB_ID:-}" ] && srun --help 2>&1 | grep -q -e --container-image; then
     SRUN_FLAGS=("--container-image=$1" "--container-mounts=$mounts")
+    export -n HOST_PYTHON # on_node.sh is in the image
     IFS=, read -ra targets <<<"$mounts"
     for mount in "${targets[@]#*:}"; do # pyxis would begin in the image's own folder, and refuses one that is not there
-      ! lies_in "${mount%%:*}" "$PWD" || { SRUN_FLAGS+=("--container-workdir=$PWD"); break; }
+      mount=${mount%%:*}
+      [[ $PWD/ != "${mount%/}"/* ]] || { SRUN_FLAGS+=("--container-workdir=$PWD"); break; }
     done
   elif command -v apptainer >/dev/null; then
     PREFIX=(apptainer exec --nv --bind "$mounts" "$1")
-    export HOST_PYTHON # for on_node.sh, which pyxis puts into the image and apptainer does not
+    export HOST_PYTHON # on_node.sh is outside
   else
     refuse "an image ($1) needs pyxis or apptainer, and neither is here"
   fi

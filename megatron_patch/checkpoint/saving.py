@@ -82,7 +82,7 @@ class Saving:
         lines: list[str] = []
         if self.load is None:
             return None, None, lines
-        if self.folder is not None and not (self.args.skip_train and self.args.ckpt_step):  # one that is only to be evaluated
+        if self.folder is not None:
             lines = saved.recover(self.folder, hashes)
             step = saved.tracked_step(self.folder)
             if step is not None and not self.own:

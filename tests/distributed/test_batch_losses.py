@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_patch.checkpoint import saved
 from megatron_patch.preference.losses import LOSSES
 from tests.distributed import harness
 from tests.distributed.materials import PAIRS, Bench, make_store
@@ -114,6 +115,16 @@ def test_aot_refuses_a_step_of_several_micro_batches(bench: Bench) -> None:
     (error,) = run.errors
     assert set(run.codes) == {2} and "loss aot sorts the pairs of a whole step, but step 1 needs 4 micro-batches" in error
     assert not list(save.glob("iter_*"))
+
+
+def test_aot_refuses_it_after_a_change_of_the_batch_too(bench: Bench) -> None:
+    """Two steps of 20 pairs are done, two of 10 are left."""
+    flags, save = (*CASES["aot"], "--train-iters", 4, "--save-interval", 2), bench.folder("aot-other-batch")
+    first = bench.attempt("one", save, bench.reference(), *flags, "--global-batch-size", 20, "--exit-interval", 2, alter="")
+    assert saved.tracked_step(save) == 2, first.output[-4000:]
+    run = bench.attempt("one", save, bench.reference(), *flags, *FOUR["one"], "--load", save, alter="")
+    (error,) = run.errors
+    assert run.codes == [2] and "but step 3 needs 4 micro-batches" in error
 
 
 def test_odpo_refuses_pairs_without_a_score_gap(bench: Bench, tmp_path: Path) -> None:

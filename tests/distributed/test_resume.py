@@ -85,6 +85,8 @@ def test_what_orders_the_pairs_may_not_change(bench: Bench, changed: tuple[objec
     run = bench.attempt("one", bench.folder(f"order-changed-{changed[0]}"), store, "--load", start, *mixed, *given)
     (error,) = run.errors
     assert run.codes == [2] and str(changed[0]) in error and "would leave pairs out and repeat others" in error
+    alone = bench.attempt("one", bench.folder(f"other-stores-{changed[0]}"), store, "--load", start, "--seed", 99, "--train-iters", 3)
+    assert alone.ok, alone.output[-4000:]  # of other stores there is nothing to leave out
 
 
 def test_an_epoch_is_an_epoch_whatever_the_batch(bench: Bench) -> None:

@@ -98,17 +98,20 @@ def test_weights_and_biases_has_what_the_file_has(bench: Bench) -> None:
 
 
 @pytest.mark.ci
-def test_an_earlier_checkpoint_is_evaluated_and_nothing_else_changes(bench: Bench) -> None:
-    """``--skip-train`` chooses a step of the run's own folder; training evaluated it, too."""
+def test_an_earlier_checkpoint_is_evaluated_and_nothing_is_written(bench: Bench) -> None:
+    """``--skip-train`` says what training said after that step, and leaves the run's folder to training."""
     data, save = bench.reference(), bench.folder("evaluated-again")
-    flags = ("--train-iters", 4, "--save-interval", 2, "--valid-pair-data", data, "--eval-interval", 2, "--load", save)
-    assert bench.attempt("one", save, data, *flags, alter="").ok
-    before = rows(save)
-    run = bench.attempt("one", save, data, *flags, "--skip-train", "--ckpt-step", 2, alter="")
-    assert run.ok, run.output[-4000:]
-    *rest, again = rows(save)
-    (at_two,) = (row for row in before if row["iteration"] == 2 and "eval_loss" in row)
-    assert rest == before and again == at_two and saved.steps(save) == [4, 2] and saved.tracked_step(save) == 4
+    flags = ("--train-iters", 4, "--save-interval", 2, "--valid-pair-data", data, "--eval-interval", 2, "--best-metric", "eval_loss")
+    trained = bench.attempt("one", save, data, *flags, alter="")
+    assert trained.ok, trained.output[-4000:]
+    before = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in save.rglob("*")}
+    chosen = (*flags, "--load", save, "--skip-train", "--ckpt-step", 2)
+    run = bench.launch("one", harness.TRAIN, bench.flags(data, *chosen), bench.folder("evaluation").with_suffix(".log"), "")
+    said = re.compile(r"^\[xpo\] evaluation at step 2 .*$", re.MULTILINE)
+    assert run.ok and said.findall(run.output) == said.findall(trained.output) != [], run.output[-4000:]
+    assert {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in save.rglob("*")} == before
+    (error,) = bench.attempt("one", save, data, *chosen, alter="").errors
+    assert "--skip-train only evaluates" in error
 
 
 def test_evaluation_sees_every_pair_once_each_time(bench: Bench) -> None:

@@ -26,7 +26,6 @@ def alone():
 def saving(folder, best=lambda: None, say=lambda line: None, **flags):
     """Of a run that began anew, unless flags say otherwise."""
     given = {"save": folder, "load": folder, "ckpt_step": None, "keep_last": None, "continue_on_save_failure": False, "iteration": 0}
-    given |= {"skip_train": False}
     return Saving(Namespace(**{**given, "async_save": False, **flags}), best, say)
 
 

@@ -216,6 +216,41 @@ def test_a_port_that_is_taken(tmp_path: Path, family: int, address: str) -> None
     assert shell(tmp_path, f"MASTER_PORT={port} rendezvous_port", {}).stdout == f"{port}\n"
 
 
+@pytest.mark.parametrize(
+    ("environment", "outside"),
+    [
+        ({}, "python3"),
+        ({"PYTHON": "of-both"}, "of-both"),
+        ({"PYTHON": "of-the-image"}, "python3"),
+        ({"HOST_PYTHON": "mine"}, "mine"),
+        ({"HOST_PYTHON": "missing"}, "python3"),
+    ],
+)
+def test_what_shows_the_lines_of_an_image(tmp_path: Path, environment: dict[str, str], outside: str) -> None:
+    """A Python of the host, which on_node.sh inherits where it runs outside."""
+    stubs = {"mine": RECORD, "of-both": RECORD, "python3": RECORD}
+    words = "in_image a.sif; show; env | grep HOST_PYTHON || true"
+    for kind, seen in (({"apptainer": ""}, f"HOST_PYTHON={outside}\n"), (PYXIS, "")):
+        done = shell(tmp_path, words, {**stubs, **kind}, **environment, **({"SLURM_JOB_ID": "7"} if kind is PYXIS else {}))
+        assert done.stdout == f"{outside} /repository/scripts/terminal.py\n{seen}", done.stderr
+
+
+def test_a_host_without_a_python_for_images(tmp_path: Path) -> None:
+    done = shell(tmp_path, "in_image a.sif", {"python3": "exit 1", "apptainer": ""})
+    assert done.returncode == 2 and done.stderr.endswith("3.10 or later: say HOST_PYTHON\n")
+
+
+def test_the_engines_image_is_of_the_candidates_alone(tmp_path: Path) -> None:
+    stubs = {"python3": f"{RECORD} >>$HOME/calls", "apptainer": f"{RECORD} >>$HOME/calls"}
+    choices = {"INPUT": "none.jsonl", "HF_PATH": "sft", "OUTPUT": "out", "CANDIDATES_CONTAINER": "a.sif"}
+    script = f"bash {ROOT}/toolkits/lpo_data_preprocessing/scripts/gene_lpo_lam_cand.sh"
+    done = shell(tmp_path, script, stubs, **choices, STAGES="candidates reference_logps")
+    assert done.returncode == 0, done.stderr
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert [line.split()[0] for line in calls if ".candidates " in line] == ["apptainer"]
+    assert {line.split()[0] for line in calls if ".reference_logps " in line} == {"python3"}
+
+
 def test_an_image_that_nothing_can_run(tmp_path: Path) -> None:
     done = shell(tmp_path, "in_image a.sif; spread 1 work", {"work": RECORD})
     assert done.returncode == 2 and done.stderr == "[error] an image (a.sif) needs pyxis or apptainer, and neither is here\n"
