@@ -45,8 +45,7 @@ for name in $STAGES; do
       read -ra more <<<"${ENGINE_FLAGS:-}"; in_image "${CANDIDATES_CONTAINER:-}"
       sharded "$shards" "${CANDIDATES_PYTHON:-$PYTHON}" -m toolkits.lpo_data_preprocessing.candidates --input "$OUTPUT/records.jsonl" \
         --output "$OUTPUT/candidates.jsonl" --model "$HF_PATH" --engine "$ENGINE" --engine-tensor-parallel "$ENGINE_TP" -n "$N" --seed "$SEED" \
-        --temperature "$TEMPERATURE" --top-p "$TOP_P" --max-new-tokens "$MAX_NEW_TOKENS" --device "$DEVICE" --tokenizer "$HF_PATH" "${more[@]}"
-      in_image "" ;;
+        --temperature "$TEMPERATURE" --top-p "$TOP_P" --max-new-tokens "$MAX_NEW_TOKENS" --device "$DEVICE" --tokenizer "$HF_PATH" "${more[@]}"; in_image "" ;;
     select) [ -f "$OUTPUT/candidates.jsonl" ] && from=candidates || from=records
       stage select "$OUTPUT/$from.jsonl" "$OUTPUT/train.jsonl" "${select_flags[@]}" --seed "$SEED" "${split_flags[@]}" --update ;;
     build_pairs) for split in "${splits[@]}"; do
