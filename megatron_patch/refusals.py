@@ -24,10 +24,6 @@ def _same(one: str | None, other: str | None) -> bool:
     return bool(one and other) and Path(str(one)).resolve() == Path(str(other)).resolve()
 
 
-def _begins_again(args: argparse.Namespace) -> object:
-    return args.ckpt_step or args.finetune or args.override_ckpt_iteration is not None
-
-
 def _decay_steps(args: argparse.Namespace) -> int:
     return args.lr_decay_iters or args.train_iters or 0
 
@@ -61,7 +57,7 @@ REFUSED: tuple[tuple[Callable[[argparse.Namespace], object], str], ...] = (
         "--save {save} holds checkpoints; --load {save} goes on from them, or give another folder",
     ),
     (
-        lambda args: _begins_again(args) and _same(args.load, args.save),
+        lambda args: (args.ckpt_step or args.finetune or args.override_ckpt_iteration is not None) and _same(args.load, args.save),
         "--ckpt-step, --finetune and --override-ckpt-iteration in the run's own folder: every start of the job would begin there again; "
         "to go back once, write a step's number into {save}/" + saved.TRACKER,
     ),
